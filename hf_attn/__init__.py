@@ -1,0 +1,87 @@
+"""Published attention systems as plugins: `attn_implementation="hf_attn_moba"` in transformers.
+
+Importing this package registers the names `hf_attn_<mechanism>` and the `config.hf_attn` property, nothing else: no
+mechanism, compiler or further library is loaded before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_attn.integrations.transformers import registration as _registration
+
+if TYPE_CHECKING:
+    from hf_attn.analysis.snr import recommend
+    from hf_attn.front import (
+        apply,
+        doctor,
+        list_mechanisms,
+        register_mechanism,
+        remove,
+        reset_stats,
+        spec,
+        stats,
+        unregister_mechanism,
+    )
+    from hf_attn.mechanism import Capabilities, Mechanism, MechanismConfig
+
+# Where each public name lives; it is imported when first asked for.
+_HOMES = {
+    "apply": "hf_attn.front",
+    "doctor": "hf_attn.front",
+    "list_mechanisms": "hf_attn.front",
+    "register_mechanism": "hf_attn.front",
+    "remove": "hf_attn.front",
+    "reset_stats": "hf_attn.front",
+    "spec": "hf_attn.front",
+    "stats": "hf_attn.front",
+    "unregister_mechanism": "hf_attn.front",
+    "Capabilities": "hf_attn.mechanism",
+    "Mechanism": "hf_attn.mechanism",
+    "MechanismConfig": "hf_attn.mechanism",
+    "recommend": "hf_attn.analysis.snr",
+}
+
+__all__ = [
+    "Capabilities",
+    "Mechanism",
+    "MechanismConfig",
+    "apply",
+    "doctor",
+    "list_mechanisms",
+    "recommend",
+    "register_mechanism",
+    "remove",
+    "reset_stats",
+    "spec",
+    "stats",
+    "unregister_mechanism",
+]
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("hf-attn")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value = _version()
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'hf_attn' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, "__version__"})
+
+
+_registration.install()

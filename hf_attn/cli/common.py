@@ -1,0 +1,39 @@
+"""What commands share: the console, one clear line on bad input, options from NAME=VALUE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+
+console = Console()
+_errors = Console(stderr=True)
+
+
+@contextmanager
+def one_clear_line() -> Iterator[None]:
+    """Turn an error of the library into one line on standard error and exit status 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        _errors.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True, markup=True)
+        raise typer.Exit(2) from None
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """`["top_k=8", "decode=moba", 'layers={"-1": null}']` as a dict; values are JSON, or plain strings."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"options are NAME=VALUE, got {pair!r}; example: top_k=8")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options

@@ -1,0 +1,249 @@
+"""`hf-attn demo`: a real language model answers from a long text, dense and with two of our mechanisms."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers.utils import logging as hf_logging
+
+import hf_attn
+from hf_attn.bench.long_text import QUESTION, prompt_of_length
+from hf_attn.bench.models import load_language_model
+from hf_attn.bench.prefill import greedy_answer, prefill, run_body
+from hf_attn.bench.timing import machine_load
+from hf_attn.cli.common import console, one_clear_line
+
+# min_seq_len=0: the table shows what the mechanism does, also at lengths where it would rather stay dense.
+MECHANISMS: dict[str, dict[str, Any] | None] = {
+    "sdpa": None,
+    "hf_attn_streaming": {"num_sinks": 4, "window": 896, "block_size": 128},
+    "hf_attn_moba": {"block_size": 128, "top_k": 8, "decode": "full", "min_seq_len": 0},
+}
+NOISY = 0.20
+
+_RELOAD = """
+import json, sys
+import torch
+import hf_attn
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(int(sys.argv[3]))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.tensor([json.loads(sys.stdin.read())])
+answer = model.generate(ids, max_new_tokens=int(sys.argv[2]), do_sample=False, pad_token_id=0)
+tokens = answer[0, ids.shape[1]:].tolist()
+layers = hf_attn.stats(model)["layers"]
+print(json.dumps({"tokens": tokens, "implementation": model.config._attn_implementation,
+                  "called": sum(layer["calls"] > 0 for layer in layers.values()),
+                  "layers": model.config.num_hidden_layers}))
+"""
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    length: int
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    density: float = 1.0
+    perplexity: float = 0.0
+    mass: float = 1.0
+    answer: str = ""
+
+    @property
+    def noisy(self) -> bool:
+        return max(self.seconds) / min(self.seconds) - 1 > NOISY
+
+
+def demo(
+    model_name: str | None = typer.Option(None, "--model", help="Hub id, folder or .gguf; default SmolLM2-135M."),
+    lengths: str = typer.Option("2048,4096,8192", help="Tokens of text + question + answer, comma-separated."),
+    answer_tokens: int = typer.Option(40, min=1, help="Longest answer."),
+    repeats: int = typer.Option(3, min=2, help="Timed prefills of each length and mechanism."),
+    threads: int = typer.Option(0, min=0, help="CPU threads; 0 leaves torch's choice."),
+    output: Path = typer.Option(Path("demo_output"), help="Folder for the picture, the saved model and the figures."),
+) -> None:
+    """Let a real language model answer from a long text: dense, streaming and MoBA in one table.
+
+    Example: `hf-attn demo --lengths 2048,4096`
+    """
+    with one_clear_line():
+        sizes = parse_lengths(lengths)
+        if threads:
+            torch.set_num_threads(threads)
+        output.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = load(model_name, max(sizes))
+        rows = measure(model, tokenizer, sizes, answer_tokens, repeats)
+        console.print(results_table(rows))
+        print_notes(rows)
+        picture_and_reload(model, tokenizer, sizes[len(sizes) // 2], answer_tokens, output)
+        (output / "table.json").write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Comma-separated token counts, ascending."""
+    try:
+        sizes = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise ValueError(f"--lengths must be comma-separated integers, got {text!r}; example: 2048,4096") from None
+    if sizes[0] < 256:
+        raise ValueError(f"--lengths must be at least 256 tokens, got {sizes[0]}")
+    return sizes
+
+
+def load(name: str | None, longest: int) -> tuple[Any, Any]:
+    """The model, checked against the lengths asked for."""
+    console.print(f"loading {name or 'SmolLM2-135M-Instruct'} ...")
+    hf_logging.disable_progress_bar()
+    model, tokenizer = load_language_model(name)
+    limit = model.config.max_position_embeddings
+    if longest > limit:
+        raise ValueError(f"--lengths asks for {longest} tokens, but this model ends at {limit}")
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32; {machine_load()}")
+    return model, tokenizer
+
+
+def measure(model: Any, tokenizer: Any, sizes: list[int], answer_tokens: int, repeats: int) -> list[Row]:
+    """All rows; the repeats of one length take turns, so that a machine that drifts slows all mechanisms alike."""
+    rows: list[Row] = []
+    columns = (
+        TextColumn("{task.description:<34}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
+        work = progress.add_task("prefill", total=sum(cost(n) for n in sizes) * len(MECHANISMS) * repeats)
+        for length in sizes:
+            ids = prompt_of_length(tokenizer, length, answer_tokens)
+            batch = [Row(length, name) for name in MECHANISMS]
+            for turn in range(repeats):
+                for row in batch:
+                    progress.update(work, description=f"{length} tokens, {row.name} ({turn + 1}/{repeats})")
+                    one_turn(model, tokenizer, ids, row, answer_tokens, first=turn == 0)
+                    progress.advance(work, cost(length))
+            rows += batch
+    return rows
+
+
+def cost(length: int) -> float:
+    """Relative cost of a prefill: a linear and a quadratic part, equal near 6k tokens for SmolLM2."""
+    return length * (1 + length / 6000)
+
+
+def one_turn(model: Any, tokenizer: Any, ids: torch.Tensor, row: Row, answer_tokens: int, first: bool) -> None:
+    """One prefill; the first also gives perplexity, mass and the answer."""
+    switch(model, row.name)
+    if not first:
+        row.seconds.append(run_body(model, ids)[2])
+        return
+    result = prefill(model, ids)
+    row.seconds.append(result.seconds)
+    row.perplexity = result.perplexity
+    if row.name != "sdpa":
+        row.mass = result.mass
+        row.density = hf_attn.stats(model)["totals"]["density"]
+    row.answer = tokenizer.decode(greedy_answer(model, result, answer_tokens)).strip().replace("\n", " ")
+
+
+def switch(model: Any, name: str) -> None:
+    """Dense attention, or one of our mechanisms with the demo's options."""
+    options = MECHANISMS[name]
+    if options is None:
+        hf_attn.remove(model)
+    else:
+        hf_attn.apply(model, name.removeprefix("hf_attn_"), **options)
+
+
+def results_table(rows: list[Row]) -> Table:
+    """The one table."""
+    table = Table(title="one prefill, and a greedy answer from its cache", title_justify="left")
+    for name in ("tokens", "attn_implementation", "prefill", "speed-up", "density", "perplexity", "mass", "answer"):
+        table.add_column(name, justify="left" if name in ("attn_implementation", "answer") else "right")
+    dense = {row.length: row for row in rows if row.name == "sdpa"}
+    for row in rows:
+        base = dense[row.length]
+        ratio = "noisy" if row.noisy or base.noisy else f"{median(base.seconds) / median(row.seconds):.2f}x"
+        table.add_row(
+            str(row.length),
+            row.name,
+            f"{median(row.seconds):.2f} s",
+            ratio,
+            f"{row.density:.0%}",
+            f"{row.perplexity:.2f}",
+            f"{row.mass:.2f}",
+            row.answer,
+            end_section=row.name == list(MECHANISMS)[-1],
+        )
+    return table
+
+
+def print_notes(rows: list[Row]) -> None:
+    """What the table means, and what it does not."""
+    moba, streaming = MECHANISMS["hf_attn_moba"], MECHANISMS["hf_attn_streaming"]
+    console.print(f"question: {QUESTION}")
+    console.print(
+        "speed-up: dense prefill over this one, whole model, median of interleaved repeats. density: (query, key) "
+        "pairs computed over causal pairs. mass: share of dense attention on the keys that are read (256 rows a layer)."
+    )
+    console.print(
+        f"moba: block_size={moba['block_size']}, top_k={moba['top_k']}, decode={moba['decode']!r} (the tokens of the "
+        f"answer attend to everything). streaming: {streaming['num_sinks']} sinks, window {streaming['window']}, "
+        "decode too."
+    )
+    if any(row.noisy for row in rows):
+        console.print(
+            f"[yellow]noisy[/yellow]: repeats differed by more than {NOISY:.0%}, so no ratio is stated; run again on "
+            f"an idle machine ({machine_load()})."
+        )
+    console.print(
+        "[bold]This model was not trained with MoBA[/bold], so it loses quality with it (see perplexity). Train or "
+        "tune with it, keep the last layers dense with layers={'-3:': None}, or raise top_k; docs/moba.md says how."
+    )
+
+
+def picture_and_reload(model: Any, tokenizer: Any, length: int, answer_tokens: int, output: Path) -> None:
+    """Picture of the selection; save; a fresh process that only imports hf_attn must give the same tokens."""
+    switch(model, "hf_attn_moba")
+    picture = output / "selection.png"
+    ids = prompt_of_length(tokenizer, length, answer_tokens)
+    report = hf_attn.doctor(model, plot=picture, input_ids=ids, layer=model.config.num_hidden_layers // 2)
+    console.print(f"wrote {picture}: blocks that layer {report.plotted_layer} selects at {length} tokens")
+    folder = output / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with torch.inference_mode():
+        tokens = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+    start = time.perf_counter()
+    process = subprocess.run(
+        [sys.executable, "-c", _RELOAD, str(folder), "16", str(torch.get_num_threads())],
+        input=json.dumps(ids[0].tolist()),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if process.returncode:
+        raise RuntimeError(f"the saved model did not reload: {process.stderr.strip().splitlines()[-1]}")
+    fresh = json.loads(process.stdout.splitlines()[-1])
+    if fresh["tokens"] != tokens or fresh["called"] != fresh["layers"]:
+        raise RuntimeError(f"the reloaded model differs: {fresh} instead of tokens {tokens}")
+    console.print(
+        f"wrote {folder}: a fresh process that only adds `import hf_attn` reloaded it as {fresh['implementation']} in "
+        f"{time.perf_counter() - start:.0f} s, was called in {fresh['called']} of {fresh['layers']} layers, and gave "
+        f"the same {len(tokens)} tokens."
+    )

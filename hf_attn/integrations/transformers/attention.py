@@ -1,0 +1,241 @@
+"""The one attention function behind every `hf_attn_<mechanism>` name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from hf_attn.call import AttentionCall, LayerContext, TokenLayout
+from hf_attn.integrations.transformers.config import PREFIX, mechanism_options
+from hf_attn.integrations.transformers.masks import COMPACT_OK, layout_from_mask, mask_kind
+from hf_attn.integrations.transformers.stats import stats_of
+from hf_attn.mechanism import Mechanism, MechanismConfig, get_mechanism, parse_config
+
+# Arguments of a host call that change the result in a way no mechanism can honour.
+REFUSED = {
+    "softcap": "soft-capping of the scores",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "an additive position bias",
+    "indices": "the model's own token selection",
+    "block_indices": "the model's own block selection",
+}
+_CONTINUOUS_BATCHING = ("cache", "block_table", "read_index", "write_index")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What one layer runs: `config` is `None` for a layer that its `layers` option leaves dense."""
+
+    mechanism: Mechanism
+    config: MechanismConfig | None
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    hf_attn_name: str,
+    hf_attn_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, as transformers' AttentionInterface calls it.
+
+    Args:
+        module: the host's attention module; its `config.hf_attn` holds the options.
+        query, key, value: `[B, Hq, Nq, D]`, `[B, Hkv, Nk, D]`, `[B, Hkv, Nk, Dv]`, positions encoded, cache included.
+        attention_mask: what `index_mask` made, or a mask of the user.
+        dropout: must be 0.
+        is_causal: wins over `module.is_causal`; what a compact mask says wins over both.
+        hf_attn_name: the mechanism's name.
+        hf_attn_options: options bound by `hf_attn.spec`; `None` reads `config.hf_attn`.
+
+    Returns the output `[B, Nq, Hq, Dv]`, contiguous, and `None`: attention weights are never formed.
+    Raises ValueError for what cannot be honoured: dropout, soft-capping, sinks, biases, arbitrary masks of the user.
+    """
+    refuse_unsupported(module, hf_attn_name, dropout, kwargs)
+    config = getattr(module, "config", None)
+    kind = mask_kind(attention_mask, query.shape[2], key.shape[2])
+    if kind in ("causal", "bidirectional"):
+        causal = kind == "causal"
+    else:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    tokens = layout_from_mask(attention_mask, query, key, kwargs)
+    resolved = resolve(module, hf_attn_name, hf_attn_options)
+    recording = not torch.compiler.is_compiling()
+    listener = {}
+    if recording:
+        stats = stats_of(module)
+        stats.begin(query.shape[2], key.shape[2])
+        listener["record"] = stats.record
+    call = AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=causal,
+        tokens=tokens,
+        layer=LayerContext(
+            index=getattr(module, "layer_idx", None),
+            count=getattr(config, "num_hidden_layers", None),
+            module=module,
+            training=module.training,
+            **listener,
+        ),
+    )
+    reason = dense_reason(module, hf_attn_name, resolved, tokens, kind, kwargs.get("sliding_window"))
+    if recording:
+        for watcher in _WATCHERS:
+            watcher(call, resolved, reason)
+    if reason is None:
+        out = resolved.mechanism(call, resolved.config)
+    else:
+        from hf_attn.ops import dense_attention
+
+        call.layer.record(path="dense", reason=reason)
+        out = dense_attention(call)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def dense_reason(
+    module: nn.Module, name: str, resolved: Resolved, tokens: TokenLayout, kind: str, window: Any
+) -> str | None:
+    """Why this layer runs dense in this call, or `None`; raises ValueError for a mask of the user."""
+    config = getattr(module, "config", None)
+    if resolved.config is None:
+        return "layers option"
+    window = window_of(module, window, tokens)
+    if window is not None:
+        return f"sliding window {window} of the model"
+    if tokens.dense is None:
+        return None
+    model_type = getattr(config, "model_type", None)
+    if kind == "pattern":
+        return "mask pattern of the model that is not made of sequences and windows"
+    if model_type not in COMPACT_OK:
+        return f"dense mask of model type {model_type!r}"
+    raise ValueError(
+        f"{PREFIX}{name} cannot follow an arbitrary mask, got a 4-D attention_mask {tuple(tokens.dense.shape)} "
+        f"{tokens.dense.dtype}. Pass a 2-D attention_mask [batch, tokens] (padding) or position_ids that restart at 0 "
+        "(packing), or use attn_implementation='sdpa'."
+    )
+
+
+def window_of(module: nn.Module, window: Any = None, tokens: TokenLayout | None = None) -> int | str | None:
+    """The layer's own sliding window in tokens, `None` when it has none.
+
+    Read from the argument of the host call, the mask, or the config's `layer_types`, whichever tells.
+    """
+    if isinstance(window, int) and window > 0:
+        return window
+    config = getattr(module, "config", None)
+    layer_types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if layer_types and index is not None and index < len(layer_types) and layer_types[index] == "sliding_attention":
+        return getattr(config, "sliding_window", None) or "of unknown size"
+    if tokens is not None and tokens.window is not None:
+        return getattr(config, "sliding_window", None) or "of unknown size"
+    return None
+
+
+def refuse_unsupported(module: nn.Module, name: str, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for a host argument that would have to be ignored."""
+    owner = f"{PREFIX}{name} ({type(module).__name__})"
+    encoder_decoder = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    if encoder_decoder or getattr(module, "is_cross_attention", False):
+        raise ValueError(
+            f"{owner} does not support cross-attention and encoder-decoder models yet; use a decoder-only language "
+            "model, or attn_implementation='sdpa'"
+        )
+    if dropout:
+        raise ValueError(
+            f"{owner} has no attention dropout, got dropout={dropout}; only 0 is allowed. Load the model with "
+            "attention_dropout=0 (attn_pdrop=0 for GPT-2)."
+        )
+    for argument, what in REFUSED.items():
+        if kwargs.get(argument) is not None:
+            got = kwargs[argument]
+            shown = f"a tensor {tuple(got.shape)}" if isinstance(got, Tensor) else repr(got)
+            raise ValueError(
+                f"{owner} does not support {what} ({argument}), got {shown}; only None is allowed. "
+                "Use attn_implementation='eager' for this model."
+            )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            f"{owner} never forms attention weights, got output_attentions=True; use attn_implementation='eager'"
+        )
+    for argument in _CONTINUOUS_BATCHING:
+        if kwargs.get(argument) is not None:
+            raise ValueError(
+                f"{owner} does not support continuous batching (got {argument}=); use generate instead of "
+                "generate_batch, or attn_implementation='sdpa'"
+            )
+
+
+# -- options of a layer ------------------------------------------------------------------------------------------------
+
+_RESOLVED: WeakKeyDictionary[nn.Module, tuple[str, dict[str, Any], Resolved]] = WeakKeyDictionary()
+
+
+def resolve(module: nn.Module, name: str, options: dict[str, Any] | None) -> Resolved:
+    """Mechanism and options of this layer, parsed once and again whenever the dict's content changes."""
+    config = getattr(module, "config", None)
+    if options is None:
+        options = mechanism_options(getattr(config, "hf_attn", None), name)
+    index, count = getattr(module, "layer_idx", None), getattr(config, "num_hidden_layers", None)
+    if torch.compiler.is_compiling():
+        return getattr(_CONSTANTS, _constant(name, options, index, count))
+    known = _RESOLVED.get(module)
+    if known is None or known[0] != name or known[1] != options:
+        known = (name, copy.deepcopy(options), _parse(name, options, index, count))
+        _RESOLVED[module] = known
+    return known[2]
+
+
+def _parse(name: str, options: dict[str, Any], index: int | None, count: int | None) -> Resolved:
+    mechanism, config = parse_config({**options, "mechanism": name})
+    return Resolved(mechanism, config.for_layer(index, count))
+
+
+# What compiled graphs use, by attribute: a compiler can follow a global's attribute, but not parse options itself.
+_CONSTANTS = SimpleNamespace()
+
+
+@torch.compiler.assume_constant_result
+def _constant(name: str, options: dict[str, Any], index: int | None, count: int | None) -> str:
+    """Attribute of `_CONSTANTS` with the parsed options; a compiler takes it as constant for this content."""
+    key = f"{name} {json.dumps(options, sort_keys=True)} {index} {count}"
+    known = getattr(_CONSTANTS, key, None)
+    if known is None or known.mechanism is not get_mechanism(name):
+        setattr(_CONSTANTS, key, _parse(name, options, index, count))
+    return key
+
+
+# -- watching calls ----------------------------------------------------------------------------------------------------
+
+Watcher = Callable[[AttentionCall, Resolved, str | None], None]
+_WATCHERS: list[Watcher] = []
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Show every uncompiled call to `watcher(call, resolved, reason it runs dense or None)` for a while."""
+    _WATCHERS.append(watcher)
+    try:
+        yield
+    finally:
+        _WATCHERS.remove(watcher)

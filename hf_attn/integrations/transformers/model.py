@@ -1,0 +1,154 @@
+"""One verb for a loaded transformers model: put a mechanism into it, read its statistics, take it out again."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from hf_attn.integrations.transformers import registration
+from hf_attn.integrations.transformers import stats as counters
+from hf_attn.integrations.transformers.config import (
+    PREFIX,
+    mechanism_of,
+    mechanism_options,
+    target_config,
+    target_names,
+)
+from hf_attn.mechanism import parse_config
+
+
+@dataclass(frozen=True)
+class Previous:
+    """What `apply` changed: implementations by sub-config name ("" is the model's config), and `config.hf_attn`."""
+
+    implementations: dict[str, str]
+    hf_attn: dict[str, Any] | None
+
+
+_PREVIOUS: WeakKeyDictionary[PreTrainedModel, Previous] = WeakKeyDictionary()
+
+
+def apply(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
+    """Let `model` use mechanism `name` from its next call on; returns the model.
+
+    Args:
+        model: a decoder language model.
+        name: a mechanism's name, as `hf_attn.list_mechanisms()` shows them.
+        options: the mechanism's options; `layers={index or slice: options or None}` for single layers (None = dense),
+            `targets=[...]` for the sub-configs of a multimodal model (default: its text model), `required=True` to make
+            the saved checkpoint refuse to load without hf-attn.
+
+    The options are kept in `model.config.hf_attn` and saved with the model. Raises ValueError, and changes nothing, for
+    unknown names, options, layers or targets, and for models that would ignore the mechanism.
+    """
+    value = {"mechanism": name, **options}
+    mechanism, config = parse_config(mechanism_options(value, name) | {"mechanism": name})
+    targets = target_names(model.config, value)
+    refuse_model(model, mechanism.name)
+    for target in targets:
+        found = target_config(model.config, target)
+        refuse_config(found, mechanism.name)
+        if (count := getattr(found, "num_hidden_layers", None)) is not None:
+            config.check_layer_count(count)
+    registration.register(mechanism.name)
+    before = Previous(implementations(model.config), copy.deepcopy(model.config.hf_attn))
+    try:
+        model.config.hf_attn = value
+        model.set_attn_implementation(dict.fromkeys(targets, PREFIX + mechanism.name))
+    except Exception:
+        _restore(model, before)
+        raise
+    _PREVIOUS.setdefault(model, before)
+    return model
+
+
+def remove(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `apply`: implementation and `config.hf_attn` as they were before the first of several applies.
+
+    A model that was loaded with a mechanism goes to the implementation transformers would choose by itself, without
+    `config.hf_attn`. Does nothing to a model without a mechanism. Returns the model.
+    """
+    before = _PREVIOUS.pop(model, None)
+    if before is None:
+        ours = {name: impl for name, impl in implementations(model.config).items() if mechanism_of(impl)}
+        if not ours and model.config.hf_attn is None:
+            return model
+        before = Previous(dict.fromkeys(ours, model.get_correct_attn_implementation(None)), None)
+    _restore(model, before)
+    counters.reset_model_stats(model)
+    return model
+
+
+def stats(model: PreTrainedModel) -> dict[str, Any]:
+    """What the attention layers did since loading or `reset_stats`, JSON-ready.
+
+    Returns
+        mechanism, options: what is set now (mechanism None when none is).
+        layers: {layer number: calls, sparse_calls, dense_calls, dense_reasons, paths, computed_pairs, visible_pairs,
+            density, last_q_len, last_k_len}; only layers that were called through hf_attn.
+        totals: the same summed over layers.
+
+    `density` counts the calls whose mechanism reported pairs, not the dense ones. Calls inside graphs of torch.compile
+    or torch.export are not counted; layers recomputed by gradient checkpointing count twice.
+    """
+    name, options = active(model)
+    layers = counters.model_stats(model)
+    return {"mechanism": name, "options": options, "layers": layers, "totals": counters.totals(layers)}
+
+
+def reset_stats(model: PreTrainedModel) -> None:
+    """Set all counters of `model` to zero."""
+    counters.reset_model_stats(model)
+
+
+def active(model: PreTrainedModel) -> tuple[str | None, dict[str, Any]]:
+    """Name and full options (defaults included) of the mechanism the model's implementation names, or (None, {})."""
+    for target, implementation in implementations(model.config).items():
+        name = mechanism_of(implementation)
+        if name is not None:
+            bound = registration.bound_options(implementation)
+            options = mechanism_options(target_config(model.config, target).hf_attn, name) if bound is None else bound
+            return name, parse_config({**options, "mechanism": name})[1].to_dict()
+    return None, {}
+
+
+def refuse_model(model: PreTrainedModel, name: str) -> None:
+    """Raise ValueError for model classes that would ignore an attention implementation, or need what we lack."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{PREFIX}{name} does not support encoder-decoder models yet, got {type(model).__name__}; "
+            "use a decoder-only language model"
+        )
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and not module._can_set_attn_implementation():
+            raise ValueError(
+                f"{type(module).__name__} has attention code of its own and ignores attn_implementation, so "
+                f"{PREFIX}{name} would never be called; use a model whose attention goes through transformers' "
+                "AttentionInterface (Llama, Qwen, Mistral, Gemma 3, ...)"
+            )
+
+
+def refuse_config(config: PreTrainedConfig, name: str) -> None:
+    """Raise ValueError for options of a model config that no mechanism can honour."""
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None:
+        raise ValueError(
+            f"{PREFIX}{name} does not support soft-capping of the scores (softcap), got "
+            f"attn_logit_softcapping={softcap}; use attn_implementation='eager' for this model"
+        )
+
+
+def implementations(config: PreTrainedConfig) -> dict[str, str]:
+    """The attention implementation of a config ("") and of each of its sub-configs."""
+    configs = {"": config, **{name: getattr(config, name, None) for name in config.sub_configs}}
+    return {name: c._attn_implementation for name, c in configs.items() if isinstance(c, PreTrainedConfig)}
+
+
+def _restore(model: PreTrainedModel, before: Previous) -> None:
+    model.set_attn_implementation(before.implementations)
+    model.config.hf_attn = before.hf_attn

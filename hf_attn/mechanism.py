@@ -1,0 +1,225 @@
+"""Mechanism and MechanismConfig bases, and the registry of mechanisms (one file of hf_attn/mechanisms each)."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hf_attn.call import AttentionCall
+from hf_attn.checks import did_you_mean
+
+LayerOptions = dict[str, Any] | None
+_FOLDER = Path(__file__).with_name("mechanisms")
+
+
+@dataclass
+class MechanismConfig:
+    """Options every mechanism has. Subclasses add their own fields and check them in `__post_init__`.
+
+    Args:
+        layers: options of single layers, `{index or slice: options or None}`. Keys are ints, or strings as in Python
+            (`"3"`, `"-3:"`, `"::2"`); `None` leaves these layers dense; later entries win over earlier ones.
+    """
+
+    layers: dict[str, LayerOptions] = field(default_factory=dict, kw_only=True)
+
+    aliases: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, dict):
+            raise TypeError(f"layers must be a dict {{index or slice: options or None}}, got {self.layers!r}")
+        self.layers = {str(key): value for key, value in self.layers.items()}
+        for key, options in self.layers.items():
+            _parse_layer_key(key)
+            if options is not None and not isinstance(options, dict):
+                raise TypeError(f"layers[{key!r}] must be a dict of options or None (dense), got {options!r}")
+            if options and "layers" in options:
+                raise ValueError(f"layers[{key!r}] must not hold 'layers' itself; name the layers at the top level")
+            if options is not None:
+                # A bad value must raise now, not when that layer is first called.
+                type(self).from_dict({**self._own_options(), **options})
+
+    def _own_options(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> MechanismConfig:
+        """Build and check; an unknown option raises ValueError with the valid ones."""
+        options = {cls.aliases.get(name, name): value for name, value in options.items()}
+        valid = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in valid:
+                raise ValueError(
+                    f"{cls.__name__} has no option {name!r}{did_you_mean(name, valid)}. Options: {', '.join(valid)}."
+                )
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready options; `from_dict` restores an equal object."""
+        return asdict(self)
+
+    def for_layer(self, index: int | None, count: int | None) -> MechanismConfig | None:
+        """The options of one layer, `None` when it is to stay dense.
+
+        Raises ValueError when `layers` names layers but the host does not tell this layer's number.
+        """
+        if not self.layers:
+            return self
+        if index is None:
+            raise ValueError("layers= needs numbered layers, but this attention module has no layer_idx; drop layers=")
+        merged: dict[str, Any] = {}
+        dense = False
+        for key, options in self.layers.items():
+            if not _layer_matches(key, index, count):
+                continue
+            dense = options is None
+            if options is not None:
+                merged.update(options)
+        if dense:
+            return None
+        return type(self).from_dict({**self._own_options(), **merged})
+
+    def check_layer_count(self, count: int) -> None:
+        """Refuse single indices that no layer has; a slice may be empty."""
+        for key in self.layers:
+            where = _parse_layer_key(key)
+            if isinstance(where, int) and not -count <= where < count:
+                raise ValueError(f"layers names layer {key}, but the model has {count} layers (0 to {count - 1})")
+
+
+def _parse_layer_key(key: str) -> int | slice:
+    parts = key.split(":")
+    try:
+        numbers = [int(part) if part.strip() else None for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1 and numbers[0] is not None:
+        return numbers[0]
+    if len(numbers) in (2, 3) and (len(numbers) < 3 or numbers[2] != 0):
+        return slice(*numbers)
+    raise ValueError(f"layers key {key!r} is neither a layer index nor a slice; examples: 0, '-1', '-3:', '::2'")
+
+
+def _layer_matches(key: str, index: int, count: int | None) -> bool:
+    where = _parse_layer_key(key)
+    if isinstance(where, int):
+        if where >= 0:
+            return where == index
+        where = slice(where, where + 1 or None)
+    if count is None:
+        raise ValueError(f"layers key {key!r} needs the number of layers, which this model does not tell; use indices")
+    return index in range(count)[where]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a mechanism supports, as `list_mechanisms` prints it."""
+
+    train: bool = True
+    decode: bool = True
+    padding: bool = True
+    packing: bool = True
+    cpu: bool = True
+    triton: bool = False
+    diffusers: bool = False
+    extra_weights: bool = False
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """One published attention system.
+
+    Args:
+        name: short name; the host string is `hf_attn_<name>`.
+        summary: one line for `hf-attn list`.
+        source: paper.
+        config: its options.
+        attend: `(call, config) -> [B, Hq, Nq, Dv]`.
+        capabilities: flags.
+        describe: `(config, q_len, k_len) -> dict` of facts `doctor` prints before anything runs (which path, density).
+        select: `(call, config) -> BlockPattern`, the union over the queries of a block, for pictures.
+        attended: `(call, config, rows) -> bool [B, Hq, R, Nk]`, keys that query rows `rows` (int64 [R]) really read,
+            for analysis.
+    """
+
+    name: str
+    summary: str
+    source: str
+    config: type[MechanismConfig]
+    attend: Callable[[AttentionCall, Any], Tensor]
+    capabilities: Capabilities = field(default_factory=Capabilities)
+    describe: Callable[[Any, int, int], dict[str, Any]] | None = None
+    select: Callable[[AttentionCall, Any], Any] | None = None
+    attended: Callable[[AttentionCall, Any, Tensor], Tensor] | None = None
+
+    def __call__(self, call: AttentionCall, config: MechanismConfig) -> Tensor:
+        """Attend, after every observer of `observe` has seen the call."""
+        for observer in _observers:
+            observer(self, call, config)
+        return self.attend(call, config)
+
+
+_observers: list[Callable[[Mechanism, AttentionCall, MechanismConfig], None]] = []
+
+
+@contextmanager
+def observe(observer: Callable[[Mechanism, AttentionCall, MechanismConfig], None]) -> Iterator[None]:
+    """Let `observer(mechanism, call, config)` see every call that reaches a mechanism inside the `with` block."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+_registered: dict[str, Mechanism] = {}
+
+
+def register_mechanism(mechanism: Mechanism) -> Mechanism:
+    """Add a mechanism of a third party; it is then found by its name like the files of hf_attn/mechanisms.
+
+    Raises ValueError when the name is taken. `hf_attn.register_mechanism` also registers it with the host libraries.
+    """
+    if not isinstance(mechanism, Mechanism):
+        raise TypeError(f"register_mechanism takes a hf_attn.Mechanism, got {type(mechanism).__name__}")
+    if mechanism.name in mechanism_names() and _registered.get(mechanism.name) is not mechanism:
+        raise ValueError(f"a mechanism called {mechanism.name!r} exists already; choose another name")
+    _registered[mechanism.name] = mechanism
+    return mechanism
+
+
+def unregister_mechanism(name: str) -> None:
+    """Take back `register_mechanism`; raises ValueError for names it did not add."""
+    if name not in _registered:
+        raise ValueError(f"{name!r} was not added by register_mechanism; added: {', '.join(_registered) or 'none'}")
+    del _registered[name]
+
+
+def mechanism_names() -> list[str]:
+    """Names of all mechanisms: the files of hf_attn/mechanisms, found without importing them, and registered ones."""
+    files = {m.name for m in pkgutil.iter_modules([str(_FOLDER)]) if not m.name.startswith("_")}
+    return sorted(files | _registered.keys())
+
+
+def get_mechanism(name: str) -> Mechanism:
+    """The mechanism called `name`; raises ValueError with the nearest names."""
+    if name in _registered:
+        return _registered[name]
+    names = mechanism_names()
+    if name not in names:
+        raise ValueError(f"unknown mechanism {name!r}{did_you_mean(name, names)}. Mechanisms: {', '.join(names)}.")
+    return importlib.import_module(f"hf_attn.mechanisms.{name}").MECHANISM
+
+
+def parse_config(options: dict[str, Any]) -> tuple[Mechanism, MechanismConfig]:
+    """Mechanism and checked config of a flat dict with a "mechanism" key, as `config.hf_attn` holds it."""
+    options = dict(options)
+    mechanism = get_mechanism(options.pop("mechanism"))
+    return mechanism, mechanism.config.from_dict(options)

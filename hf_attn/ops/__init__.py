@@ -1,0 +1,29 @@
+"""Public functional ops: validation and dispatch to a kernel.
+
+Layouts are `[B, H, N, D]` at every border. `HF_ATTN_BACKEND=reference|torch|triton` forces a path and fails loudly when
+it cannot run; unset, the fastest path for the device is taken.
+"""
+
+from pathlib import Path
+
+# Wheels carry the kernels as real subpackages; a source tree or an editable install finds them beside the package.
+_kernel_sources = Path(__file__).resolve().parents[2] / "kernels"
+if (_kernel_sources / ".hf_attn_kernels").is_file():
+    __path__.extend(str(path) for path in sorted(_kernel_sources.glob("*/torch-ext")))
+
+from hf_attn.ops.backend import choose_path  # noqa: E402
+from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
+from hf_attn.ops.dense import dense_attention  # noqa: E402
+from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
+from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
+
+__all__ = [
+    "block_sparse_attention",
+    "choose_path",
+    "dense_attention",
+    "key_block_major",
+    "path_counts",
+    "reset_path_counts",
+    "routed_block_attention",
+    "select_routes",
+]

@@ -1,0 +1,126 @@
+"""routed_block_attention and its routing: every query token attends to key blocks of its own choice."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_attn.call import TokenLayout
+from hf_attn.checks import require_int
+from hf_attn.ops.backend import autocast, check_qkv, choose_path, may_go_dense, resolve_tokens
+
+
+def select_routes(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    causal: bool = True,
+    tokens: TokenLayout | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    key_start: Tensor | int | None = None,
+    key_length: Tensor | None = None,
+) -> Tensor:
+    """Route every query to the `top_k` key blocks whose mean key it matches best (MoBA, arXiv 2502.13189, eq. 5-8).
+
+    Args:
+        query: `[B, Hq, Nq, D]`; key: `[B, Hkv, Nk, D]`.
+        block_size: keys per block, >= 1; blocks start at the first real key of a sequence, the last may be partial.
+        top_k: blocks per query, >= 1, with `causal` its own block included (always chosen).
+        causal: choose among past blocks only.
+        tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length: as in `block_sparse_attention`.
+
+    Returns:
+        int32 `[B, Hq, Nq, min(top_k, ceil(Nk / block_size))]`, ascending block ids, -1 padded. Scores are fp32
+        (fp64 for fp64 inputs); on equal scores the later block wins. Not differentiable, as in the paper.
+    """
+    path = choose_path("select_routes")
+    check_qkv(query, key, key)
+    require_int("block_size", block_size, 1)
+    require_int("top_k", top_k, 1)
+    index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
+
+    from hf_attn.ops.hfattn_sparse.routed import op
+
+    run = op.select_routes_reference if path == "reference" else op.select_routes
+    return run(query.detach(), key.detach(), index, block_size, top_k, causal)
+
+
+def routed_block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    *,
+    block_size: int,
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+    tokens: TokenLayout | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    key_start: Tensor | int | None = None,
+    key_length: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One softmax per query over all tokens of the blocks it is routed to.
+
+    Args:
+        query: `[B, Hq, Nq, D]`.
+        key, value: `[B, Hkv, Nk, D]`, `[B, Hkv, Nk, Dv]`; `Hq % Hkv == 0`, `Dv` may differ from `D`.
+        routes: int `[B, Hq, Nq, k]`, block ids inside the query's sequence in any order, -1 padded; a repeated id
+            counts once, an id beyond the last block is ignored.
+        block_size: keys per block, >= 1.
+        causal: query row r sees keys up to `r + Nk - Nq` inside its blocks.
+        scale: factor on the scores, default `D ** -0.5`.
+        return_lse: also return the log of the softmax denominator, `[B, Hq, Nq]` (fp32; fp64 for fp64 inputs).
+        tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length: as in `block_sparse_attention`.
+
+    Returns:
+        `[B, Hq, Nq, Dv]`; rows that see no key give 0 (lse -inf). Differentiable in query, key, value and through lse.
+
+    Raises:
+        ValueError: shapes or options that do not fit, naming the argument.
+    """
+    path = choose_path("routed_block_attention")
+    check_qkv(query, key, value)
+    require_int("block_size", block_size, 1)
+    if routes.dim() != 4 or routes.shape[:3] != query.shape[:3] or routes.is_floating_point():
+        raise ValueError(
+            f"routes must be an integer tensor [{', '.join(map(str, query.shape[:3]))}, k], got {tuple(routes.shape)} "
+            f"{routes.dtype}"
+        )
+    query, key, value = autocast(query, key, value)
+    index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+
+    from hf_attn.ops.hfattn_sparse.routed import op
+
+    if path == "reference":
+        out, lse = op.run_reference(query, key, value, routes, index, block_size, causal, scale)
+    else:
+        out, lse = op.routed_block_attention(
+            query, key, value, routes, index, block_size, causal, scale, may_go_dense()
+        )
+    return (out, lse) if return_lse else out
+
+
+def key_block_major(routes: Tensor, num_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn routes into the key-block-major layout the kernels walk (FlashMoBA, arXiv 2511.11571, section 4).
+
+    Args:
+        routes: int `[B, H, N, k]`, -1 padded.
+        num_blocks: key blocks n.
+
+    Returns:
+        col_offsets int64 `[B, H, n]`, col_nnz int32 `[B, H, n]` and row_indices int32 `[sum of col_nnz]`: queries that
+        chose block i are `row_indices[offset : offset + nnz]`, ascending. An empty segment has offset 0.
+    """
+    require_int("num_blocks", num_blocks, 0)
+    from hf_attn.ops.hfattn_sparse.routed.routing import to_key_block_major
+
+    with torch.no_grad():
+        return to_key_block_major(routes, num_blocks)

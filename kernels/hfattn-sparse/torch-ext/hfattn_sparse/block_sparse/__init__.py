@@ -1,0 +1,1 @@
+"""Attention over selected (query block, key block) pairs."""

@@ -1,0 +1,47 @@
+"""One thread, no network, a clean backend choice: every test starts from the same place."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from hf_attn.ops import reset_path_counts
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(monkeypatch):
+    """Seeded generator, no forced backend, path counters at zero."""
+    monkeypatch.delenv("HF_ATTN_BACKEND", raising=False)
+    torch.manual_seed(0)
+    reset_path_counts()
+
+
+@pytest.fixture
+def sparse_path(monkeypatch):
+    """The torch path forced, so that nothing switches to dense because it is short."""
+    monkeypatch.setenv("HF_ATTN_BACKEND", "torch")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A tiny random Llama with a byte-level tokenizer, saved as a user would have it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(alphabet), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
