@@ -163,6 +163,11 @@ class LayerContext:
     training: bool = False
     record: Callable[..., None] = field(default=_drop)
 
+    @property
+    def recording(self) -> bool:
+        """Whether anybody listens; False inside compiled graphs. Skip work that only `record` needs."""
+        return self.record is not _drop
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:

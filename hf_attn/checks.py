@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from torch import SymInt
+
 
 def did_you_mean(name: str, valid: list[str]) -> str:
     """ " (did you mean 'x'?)" for the nearest valid name, or nothing."""
@@ -13,8 +15,11 @@ def did_you_mean(name: str, valid: list[str]) -> str:
 
 
 def require_int(name: str, value: Any, minimum: int) -> None:
-    """Raise ValueError unless `value` is an integer >= minimum (bools and floats are refused)."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    """Raise ValueError unless `value` is an integer >= minimum (bools and floats are refused).
+
+    A length that a compiler keeps symbolic counts as an integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | SymInt) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
 
 

@@ -60,8 +60,9 @@ def attend(call: AttentionCall, config: MobaConfig) -> Tensor:
     if reason is not None:
         call.layer.record(path="dense", reason=reason)
         return dense_attention(call)
-    computed, visible = _pairs(call, config)
-    call.layer.record(path="sparse", computed=computed, visible=visible)
+    if call.layer.recording:
+        computed, visible = _pairs(call, config)
+        call.layer.record(path="sparse", computed=computed, visible=visible)
     return routed_block_attention(
         call.query,
         call.key,

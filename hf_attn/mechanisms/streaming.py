@@ -51,8 +51,9 @@ def attend(call: AttentionCall, config: StreamingConfig) -> Tensor:
             "streaming needs causal attention, but this module is not causal; leave the layer dense with "
             "layers={index: None} or use another mechanism"
         )
-    computed, visible = _pairs(call, config)
-    call.layer.record(path="sparse", computed=computed, visible=visible)
+    if call.layer.recording:
+        computed, visible = _pairs(call, config)
+        call.layer.record(path="sparse", computed=computed, visible=visible)
     options = {"causal": True, "scale": call.scale, "tokens": call.tokens}
     if call.q_len == call.k_len:
         return block_sparse_attention(call.query, call.key, call.value, select(call, config), **options)
@@ -62,13 +63,20 @@ def attend(call: AttentionCall, config: StreamingConfig) -> Tensor:
 
 
 def select(call: AttentionCall, config: StreamingConfig) -> BlockPattern:
-    """The pattern of a whole sequence."""
+    """The pattern of a whole sequence, listed by arithmetic so that a compiler can follow any length."""
     size = {"block_q": config.block_size, "block_k": config.block_size, "q_len": call.q_len, "k_len": call.k_len}
-    device = call.query.device
-    tokens = (config.window_blocks - 1) * config.block_size + 1
-    recent = BlockPattern.window(tokens, **size, device=device)
-    sinks = BlockPattern.prefix(config.num_sinks, **size, device=device)
-    return (recent | sinks) & BlockPattern.causal_blocks(**size, device=device)
+    device, offset = call.query.device, call.k_len - call.q_len
+    num_q, num_k = (-(-length // config.block_size) for length in (call.q_len, call.k_len))
+    first = torch.arange(num_q, device=device)[:, None] * config.block_size + offset
+    last = (first + config.block_size - 1).clamp(max=call.k_len - 1).div(config.block_size, rounding_mode="floor")
+    lowest = first.div(config.block_size, rounding_mode="floor") - config.window_blocks + 1
+    # Behind a cache the queries of one block may lie in two key blocks.
+    width = config.window_blocks + (offset % config.block_size > 0)
+    recent = last - torch.arange(torch.sym_min(width, num_k), device=device)
+    recent = torch.where(recent >= lowest, recent, -1)
+    listed = _with_sinks(recent, lowest, config)
+    listed = torch.where(listed < 0, num_k, listed).sort(-1).values
+    return BlockPattern(torch.where(listed == num_k, -1, listed)[None, None].to(torch.int32), **size)
 
 
 def attended(call: AttentionCall, config: StreamingConfig, rows: Tensor) -> Tensor:
@@ -87,13 +95,19 @@ def describe(config: StreamingConfig, q_len: int, k_len: int) -> dict[str, Any]:
 
 
 def _routes(call: AttentionCall, config: StreamingConfig) -> Tensor:
+    """The same per query token, int32 `[B, Hq, Nq, window + sink blocks]`, -1 padded."""
     own = call.tokens.query_ranks(call.query.device).div(config.block_size, rounding_mode="floor")[..., None]
-    recent = own - torch.arange(config.window_blocks, device=own.device)
-    sinks = torch.arange(config.sink_blocks, device=own.device).expand(*own.shape[:2], -1)
-    sinks = torch.where(sinks < recent[..., -1:], sinks, -1)
-    routes = torch.cat([recent, sinks], -1).clamp(min=-1).to(torch.int32)
+    width = torch.sym_min(config.window_blocks, -(-call.k_len // config.block_size))
+    recent = own - torch.arange(width, device=own.device)
+    routes = _with_sinks(recent, own - config.window_blocks + 1, config).clamp(min=-1).to(torch.int32)
     batch, heads = call.query.shape[:2]
     return routes[:, None].expand(batch, heads, -1, -1)
+
+
+def _with_sinks(recent: Tensor, lowest: Tensor, config: StreamingConfig) -> Tensor:
+    """Block ids `[..., n]` of the window and those of the sinks before it; unused places are negative."""
+    sinks = torch.arange(config.sink_blocks, device=recent.device).expand(*recent.shape[:-1], -1)
+    return torch.cat([recent, torch.where(sinks < lowest, sinks, -1)], -1)
 
 
 def _pairs(call: AttentionCall, config: StreamingConfig) -> tuple[Tensor, Tensor]:
