@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_attn.front import (
         apply,
         doctor,
+        enable_continuous_batching,
         list_mechanisms,
         register_mechanism,
         remove,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "apply": "hf_attn.front",
     "doctor": "hf_attn.front",
+    "enable_continuous_batching": "hf_attn.front",
     "list_mechanisms": "hf_attn.front",
     "register_mechanism": "hf_attn.front",
     "remove": "hf_attn.front",
@@ -49,6 +51,7 @@ __all__ = [
     "MechanismConfig",
     "apply",
     "doctor",
+    "enable_continuous_batching",
     "list_mechanisms",
     "recommend",
     "register_mechanism",

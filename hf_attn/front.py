@@ -51,6 +51,13 @@ def doctor(target: Any, **options: Any) -> Any:
     return examine(target, **options)
 
 
+def enable_continuous_batching() -> None:
+    """Let transformers' `generate_batch` run models with a mechanism, for the rest of the process."""
+    from hf_attn.integrations.transformers import continuous
+
+    continuous.enable_continuous_batching()
+
+
 def spec(name: str, **options: Any) -> str:
     """A string for `attn_implementation=` that carries options, valid in this process; the same for equal options."""
     from hf_attn.integrations.transformers import registration

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_attn.call import AttentionCall, LayerContext, TokenLayout
 from hf_attn.integrations.transformers.config import PREFIX, mechanism_options
+from hf_attn.integrations.transformers.continuous import is_continuous, paged_sequences
 from hf_attn.integrations.transformers.masks import COMPACT_OK, layout_from_mask, mask_kind
 from hf_attn.integrations.transformers.stats import stats_of
 from hf_attn.mechanism import Mechanism, MechanismConfig, get_mechanism, parse_config
@@ -29,7 +30,6 @@ REFUSED = {
     "indices": "the model's own token selection",
     "block_indices": "the model's own block selection",
 }
-_CONTINUOUS_BATCHING = ("cache", "block_table", "read_index", "write_index")
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,40 @@ def attention_forward(
     Raises ValueError for what cannot be honoured: dropout, soft-capping, sinks, biases, arbitrary masks of the user.
     """
     refuse_unsupported(module, hf_attn_name, dropout, kwargs)
-    config = getattr(module, "config", None)
+    host = HostLayer(
+        module=module,
+        name=hf_attn_name,
+        resolved=resolve(module, hf_attn_name, hf_attn_options),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=kwargs.get("sliding_window"),
+    )
+    if is_continuous(kwargs):
+        return _continuous(host, query, key, value, kwargs), None
     kind = mask_kind(attention_mask, query.shape[2], key.shape[2])
     if kind in ("causal", "bidirectional"):
         causal = kind == "causal"
     else:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     tokens = layout_from_mask(attention_mask, query, key, kwargs)
-    resolved = resolve(module, hf_attn_name, hf_attn_options)
+    return _attend(host, query, key, value, causal, tokens, kind).transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class HostLayer:
+    """What stays the same for every call of one attention layer: its module, options, scale and own window."""
+
+    module: nn.Module
+    name: str
+    resolved: Resolved
+    scale: float
+    window: int | None
+
+
+def _attend(
+    host: HostLayer, query: Tensor, key: Tensor, value: Tensor, causal: bool, tokens: TokenLayout, kind: str
+) -> Tensor:
+    """One call of the mechanism, or of dense attention where the layer stays dense: `[B, Hq, Nq, Dv]`, counted."""
+    module = host.module
     recording = not torch.compiler.is_compiling()
     listener = {}
     if recording:
@@ -87,29 +113,42 @@ def attention_forward(
         query=query,
         key=key,
         value=value,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale=host.scale,
         causal=causal,
         tokens=tokens,
         layer=LayerContext(
             index=getattr(module, "layer_idx", None),
-            count=getattr(config, "num_hidden_layers", None),
+            count=getattr(getattr(module, "config", None), "num_hidden_layers", None),
             module=module,
             training=module.training,
             **listener,
         ),
     )
-    reason = dense_reason(module, hf_attn_name, resolved, tokens, kind, kwargs.get("sliding_window"))
+    reason = dense_reason(module, host.name, host.resolved, tokens, kind, host.window)
     if recording:
         for watcher in _WATCHERS:
-            watcher(call, resolved, reason)
+            watcher(call, host.resolved, reason)
     if reason is None:
-        out = resolved.mechanism(call, resolved.config)
-    else:
-        from hf_attn.ops import dense_attention
+        return host.resolved.mechanism(call, host.resolved.config)
+    from hf_attn.ops import dense_attention
 
-        call.layer.record(path="dense", reason=reason)
-        out = dense_attention(call)
-    return out.transpose(1, 2).contiguous(), None
+    call.layer.record(path="dense", reason=reason)
+    return dense_attention(call)
+
+
+def _continuous(host: HostLayer, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The packed row of a continuous-batching step `[1, total, Hq, Dv]`: every request is a call of its own."""
+    out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+    owner = f"{PREFIX}{host.name} ({type(host.module).__name__})"
+    window = window_of(host.module, host.window)
+    for part in paged_sequences(host.module, owner, query, key, value, kwargs):
+        tokens = TokenLayout.full(1, part.query.shape[2], part.key.shape[2])
+        if isinstance(window, int):
+            last = torch.arange(tokens.k_len - tokens.q_len, tokens.k_len, device=query.device)
+            tokens = replace(tokens, window=torch.stack([last - window + 1, last])[None].to(torch.int32))
+        part_out = _attend(host, part.query, part.key, part.value, True, tokens, "none")
+        out[:, part.rows] = part_out.transpose(1, 2)
+    return out
 
 
 def dense_reason(
@@ -178,12 +217,6 @@ def refuse_unsupported(module: nn.Module, name: str, dropout: float, kwargs: dic
         raise ValueError(
             f"{owner} never forms attention weights, got output_attentions=True; use attn_implementation='eager'"
         )
-    for argument in _CONTINUOUS_BATCHING:
-        if kwargs.get(argument) is not None:
-            raise ValueError(
-                f"{owner} does not support continuous batching (got {argument}=); use generate instead of "
-                "generate_batch, or attn_implementation='sdpa'"
-            )
 
 
 # -- options of a layer ------------------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def _with_cu_seq_lens(layout: TokenLayout, cu_q: Any, cu_k: Any, device: torch.d
     if not isinstance(cu_q, Tensor) or not isinstance(cu_k, Tensor):
         raise ValueError(
             f"cu_seq_lens_q and cu_seq_lens_k must be integer tensors [sequences + 1], got {type(cu_q).__name__} and "
-            f"{type(cu_k).__name__}; continuous batching (generate_batch) is not supported, use generate"
+            f"{type(cu_k).__name__}"
         )
     if layout.batch != 1:
         raise ValueError(

@@ -33,7 +33,7 @@ def test_dropout_in_train_mode(model_type):
         model.train()(tokens(1, 5))
 
 
-@pytest.mark.parametrize("argument", [*REFUSED, "output_attentions", "block_table"])
+@pytest.mark.parametrize("argument", [*REFUSED, "output_attentions"])
 def test_arguments_of_the_host(argument):
     """Straight at the function: every argument that changes the result in a way no mechanism can honour."""
     module = build("llama", "hf_attn_exact").model.layers[0].self_attn
@@ -88,9 +88,3 @@ def test_encoder_decoder():
     model = T5ForConditionalGeneration._from_config(config, attn_implementation="hf_attn_exact")
     with pytest.raises(ValueError, match="T5Attention.* does not support cross-attention and encoder-decoder models"):
         model(tokens(1, 5), decoder_input_ids=tokens(1, 2))
-
-
-def test_continuous_batching():
-    model = build("llama", "hf_attn_exact")
-    with pytest.raises(ValueError, match="hf_attn_exact"):
-        model.generate_batch([[5, 6, 7]], max_new_tokens=2)
