@@ -52,11 +52,12 @@ def block_sparse_attention(
         ValueError: shapes, dtypes or pattern that do not fit, naming the argument.
     """
     path = choose_path("block_sparse_attention")
+    # Under autocast rotary embeddings leave query and key in fp32 beside a bf16 value.
+    query, key, value = autocast(query, key, value)
     check_qkv(query, key, value)
     _check_pattern(pattern, query, key)
     if key_bias is not None:
         key_bias = _check_key_bias(key_bias, query, key)
-    query, key, value = autocast(query, key, value)
     index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
 

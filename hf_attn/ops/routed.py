@@ -86,6 +86,8 @@ def routed_block_attention(
         ValueError: shapes or options that do not fit, naming the argument.
     """
     path = choose_path("routed_block_attention")
+    # Under autocast rotary embeddings leave query and key in fp32 beside a bf16 value.
+    query, key, value = autocast(query, key, value)
     check_qkv(query, key, value)
     require_int("block_size", block_size, 1)
     if routes.dim() != 4 or routes.shape[:3] != query.shape[:3] or routes.is_floating_point():
@@ -93,7 +95,6 @@ def routed_block_attention(
             f"routes must be an integer tensor [{', '.join(map(str, query.shape[:3]))}, k], got {tuple(routes.shape)} "
             f"{routes.dtype}"
         )
-    query, key, value = autocast(query, key, value)
     index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
 
