@@ -18,6 +18,7 @@ from hf_attn.call import AttentionCall, LayerContext, TokenLayout
 from hf_attn.integrations.transformers.config import PREFIX, mechanism_options
 from hf_attn.integrations.transformers.continuous import is_continuous, paged_sequences
 from hf_attn.integrations.transformers.masks import COMPACT_OK, layout_from_mask, mask_kind
+from hf_attn.integrations.transformers.packing import check_packing
 from hf_attn.integrations.transformers.stats import stats_of
 from hf_attn.mechanism import Mechanism, MechanismConfig, get_mechanism, parse_config
 
@@ -84,6 +85,7 @@ def attention_forward(
     else:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     tokens = layout_from_mask(attention_mask, query, key, kwargs)
+    check_packing(module, _owner(module, hf_attn_name), tokens, kwargs.get("position_ids"))
     return _attend(host, query, key, value, causal, tokens, kind).transpose(1, 2).contiguous(), None
 
 
@@ -139,7 +141,7 @@ def _attend(
 def _continuous(host: HostLayer, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The packed row of a continuous-batching step `[1, total, Hq, Dv]`: every request is a call of its own."""
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-    owner = f"{PREFIX}{host.name} ({type(host.module).__name__})"
+    owner = _owner(host.module, host.name)
     window = window_of(host.module, host.window)
     for part in paged_sequences(host.module, owner, query, key, value, kwargs):
         tokens = TokenLayout.full(1, part.query.shape[2], part.key.shape[2])
@@ -193,7 +195,7 @@ def window_of(module: nn.Module, window: Any = None, tokens: TokenLayout | None 
 
 def refuse_unsupported(module: nn.Module, name: str, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for a host argument that would have to be ignored."""
-    owner = f"{PREFIX}{name} ({type(module).__name__})"
+    owner = _owner(module, name)
     encoder_decoder = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
     if encoder_decoder or getattr(module, "is_cross_attention", False):
         raise ValueError(
@@ -217,6 +219,11 @@ def refuse_unsupported(module: nn.Module, name: str, dropout: float, kwargs: dic
         raise ValueError(
             f"{owner} never forms attention weights, got output_attentions=True; use attn_implementation='eager'"
         )
+
+
+def _owner(module: nn.Module, name: str) -> str:
+    """Who refuses or warns, for messages."""
+    return f"{PREFIX}{name} ({type(module).__name__})"
 
 
 # -- options of a layer ------------------------------------------------------------------------------------------------
