@@ -45,7 +45,8 @@ def doctor(target: Any, **options: Any) -> Any:
 
     Options: see `hf_attn.integrations.transformers.doctor.doctor`.
     """
-    _integration(target, "doctor")
+    # An adapter on a wrong base shows only from outside, so PEFT models are taken as they are.
+    _integration(target.get_base_model() if hasattr(target, "get_base_model") else target, "doctor")
     from hf_attn.integrations.transformers.doctor import doctor as examine
 
     return examine(target, **options)

@@ -16,9 +16,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hf_attn.call import AttentionCall
 from hf_attn.integrations.transformers import model as model_verbs
+from hf_attn.integrations.transformers import silent
 from hf_attn.integrations.transformers.attention import Resolved, watching
 from hf_attn.integrations.transformers.config import PREFIX, mechanism_of
-from hf_attn.integrations.transformers.registration import is_registered
+from hf_attn.integrations.transformers.registration import attention_is_registered, is_registered
 from hf_attn.integrations.transformers.stats import model_stats, separate_stats
 
 LENGTHS = (4096, 32768, 131072)
@@ -64,10 +65,11 @@ def doctor(
 ) -> DoctorReport:
     """Check that the mechanism set on `model` is really used, and say what it will do.
 
-    Runs one forward without gradients, cache or dropout; weights, training flags, statistics and random state stay
-    untouched.
+    Runs a few forwards without gradients or dropout (plain, padded, packed); weights, training flags, statistics and
+    random state stay untouched.
 
     Args:
+        model: a transformers model, or a PEFT model around one.
         seq_len: prefill length(s) in tokens to predict the density for; those above the model's limit are left out.
         input_ids: tokens `[1, n]` for the probe; default 16 random ones, with `plot` up to 1024.
         plot: file for a picture (PNG) of the key blocks that each query block selects in the probe; needs matplotlib.
@@ -77,9 +79,12 @@ def doctor(
     listed in the report.
     """
     report = DoctorReport()
+    target, model = model, silent.base_model(model)
+    report.problems += silent.wrong_base(target, model)
     name = _check_names(model, report)
     if name is None:
         return report
+    report.problems += silent.wrong_towers(model, name)
     try:
         model_verbs.refuse_model(model, name)
     except ValueError as error:
@@ -88,6 +93,8 @@ def doctor(
         input_ids = _random_tokens(model, 16 if plot is None else 1024)
     seen, paths = _probe(model, input_ids, report)
     sparse = _check_layers(model, name, seen, report)
+    if seen:
+        _check_rows(model, name, input_ids[:, :16].to(model.device), report)
     _describe_path(paths, report)
     _describe_limits(model, report)
     if sparse:
@@ -116,6 +123,13 @@ def _check_names(model: PreTrainedModel, report: DoctorReport) -> str | None:
     target, implementation = next(iter(ours.items()))
     name = mechanism_of(implementation)
     if not is_registered(implementation):
+        if attention_is_registered(implementation):
+            report.problems.append(
+                f"{implementation!r} has no mask function, so transformers passes it no mask: padding and packing are "
+                f"lost. Something registered the attention alone; call hf_attn.apply(model, {name!r}, ...), which "
+                "registers both"
+            )
+            return None
         report.problems.append(
             f"{implementation!r} is not registered in this process (a name made by hf_attn.spec elsewhere?); "
             f"call hf_attn.apply(model, {name!r}, ...)"
@@ -191,6 +205,15 @@ def _check_layers(model: PreTrainedModel, name: str, seen: dict[nn.Module, Seen]
             hint = "; from_pretrained(..., sliding_window=None) gives them full attention, if that suits the model"
         report.problems.append(f"every layer stays dense, so {name} does nothing{hint}")
     return sparse
+
+
+def _check_rows(model: PreTrainedModel, name: str, ids: Tensor, report: DoctorReport) -> None:
+    """Does the mechanism learn of padding and of packed sequences?"""
+    with separate_stats():
+        report.problems += silent.dropped_masks(model, name, ids)
+        packing = silent.lost_packing(model, ids)
+    if packing is not None:
+        (report.problems if model.training else report.lines).append(packing)
 
 
 def _describe_path(paths: dict[str, int], report: DoctorReport) -> None:

@@ -56,6 +56,11 @@ def is_registered(implementation: str) -> bool:
     return all(implementation in found._global_mapping for found in (AttentionInterface, AttentionMaskInterface))
 
 
+def attention_is_registered(implementation: str) -> bool:
+    """Whether transformers knows at least the attention function of a name."""
+    return implementation in AttentionInterface._global_mapping
+
+
 def bound_options(implementation: str) -> dict[str, Any] | None:
     """The options a `spec` name carries; `None` for names that read `config.hf_attn`."""
     function = AttentionInterface._global_mapping.get(implementation)
