@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-oldest lint wheel clean
+.PHONY: setup demo test test-slow test-oldest test-newest lint wheel clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,16 @@ test-oldest:
 	.venv-oldest/bin/pip install --quiet -e ".[dev,bench]" "transformers==5.17.0" -c constraints.txt
 	.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu" tests/integrations tests/matrix
 
+# For a nightly run: whatever transformers is newest today, pre-releases too, with the trainers and the server.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet torch -c constraints.txt
+	.venv-newest/bin/pip install --quiet -e ".[dev,bench,recipes]" -c constraints.txt
+	.venv-newest/bin/pip install --quiet fastapi uvicorn openai
+	.venv-newest/bin/pip install --quiet --upgrade --pre transformers -c constraints.txt
+	.venv-newest/bin/python -m pip list | grep -i -E "^(torch|transformers|peft|accelerate|trl) "
+	.venv-newest/bin/python -m pytest -q -m "not slow and not gpu" tests/integrations
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +52,4 @@ wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist
 
 clean:
-	rm -rf $(VENV) .venv-oldest dist build demo_output
+	rm -rf $(VENV) .venv-oldest .venv-newest dist build demo_output

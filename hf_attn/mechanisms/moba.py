@@ -27,7 +27,8 @@ class MobaConfig(MechanismConfig):
         block_size: keys per block (B of the paper), >= 1.
         top_k: blocks per query (k), its own block included, >= 1. `top_k * block_size` is the token budget.
         decode: what a single new token attends to behind a cache: "full", everything (as the original MoBA does), or
-            "moba", its `top_k` blocks.
+            "moba", its `top_k` blocks. Several new tokens at once (chunks of a prompt, but also the candidates of
+            assisted decoding and prompt lookup) are always routed; use "moba" where those modes must agree.
         min_seq_len: number of keys below which attention stays dense, >= 0. `None` takes the measured default of
             `default_min_seq_len`; it does not apply when HF_ATTN_BACKEND forces a path.
     """

@@ -66,7 +66,7 @@ def paged_sequences(
         owner: who refuses, for messages.
         query, key, value: `[1, H, total, D]`.
         kwargs: the host's arguments, with cu_seq_lens_q, cu_seq_lens_k and, where the model does not write the cache
-            itself (transformers < 5.22), the cache.
+            itself (as in 5.20), the cache.
 
     Raises ValueError when continuous batching was not enabled, or for a cache layout that only FlashAttention reads.
     """
