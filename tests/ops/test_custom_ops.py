@@ -1,4 +1,4 @@
-"""The custom ops keep torch's rules: schema, fake tensors, autograd registration, tracing; and the public ops' checks."""
+"""The custom ops keep the rules of torch: schema, fake tensors, autograd, tracing; and public ops check their input."""
 
 from __future__ import annotations
 
