@@ -78,6 +78,9 @@ def attention_forward(
         causal = kind == "causal"
     else:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    cross = is_cross_attention(module, causal, query.shape[2], key.shape[2])
+    if cross or getattr(config, "is_encoder_decoder", False):
+        refuse_packing(module, hf_attn_name, kwargs)
     tokens = layout_from_mask(attention_mask, query, key, kwargs)
     resolved = resolve(module, hf_attn_name, hf_attn_options)
     recording = not torch.compiler.is_compiling()
@@ -101,7 +104,7 @@ def attention_forward(
             **listener,
         ),
     )
-    if is_cross_attention(module, causal, query.shape[2], key.shape[2]):
+    if cross:
         reason = CROSS_ATTENTION
     else:
         reason = dense_reason(module, hf_attn_name, resolved, tokens, kind, kwargs.get("sliding_window"))
@@ -179,6 +182,15 @@ def refuse_bidirectional(module: nn.Module, mechanism: Mechanism) -> None:
         f"model name its text model alone, attn_implementation={{'text_config': '{PREFIX}{mechanism.name}'}}; for an "
         f"encoder use '{PREFIX}moba' or 'sdpa'."
     )
+
+
+def refuse_packing(module: nn.Module, name: str, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for packed rows where the host hands one `cu_seq_lens` to layers with different tokens."""
+    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
+        raise ValueError(
+            f"{PREFIX}{name} ({type(module).__name__}) does not support packed rows (cu_seq_lens_q) in models with "
+            "cross-attention; pass one sequence a row, padded"
+        )
 
 
 def refuse_unsupported(module: nn.Module, name: str, dropout: float, kwargs: dict[str, Any]) -> None:
