@@ -52,8 +52,8 @@ SEQ2SEQ = {
     "decoder_start_token_id": 1,
 }
 
-ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-OTHER_DROPOUT = ("dropout", "dropout_rate", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "activation_dropout",
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "dropout_rate")
+OTHER_DROPOUT = ("dropout", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "activation_dropout",
                  "hidden_dropout", "embedding_dropout", "mlp_dropout", "encoder_layerdrop", "decoder_layerdrop",
                  "layerdrop")  # fmt: skip
 
@@ -76,7 +76,6 @@ class Family:
         targets: sub-configs that get the mechanism; `None` for a plain string, which goes to all of them.
         reference: what transformers compares with: "sdpa", or "eager" where it refuses SDPA.
         bidirectional: has layers that are not causal, so that moba's `decode="moba"` is not allowed.
-        since: why the installed transformers may lack it.
     """
 
     name: str
@@ -89,6 +88,14 @@ class Family:
 
     def __str__(self) -> str:
         return self.name.replace(" ", "_")
+
+    @property
+    def multimodal(self) -> bool:
+        return "pixel_values" in self.inputs(torch.zeros(1, 14, dtype=torch.long)) and self.inputs is not image
+
+    def called(self, text_only: bool) -> int:
+        """Attention modules that must call our function."""
+        return 2 if text_only and self.multimodal else self.layers
 
     def implementation(self, name: str) -> str | dict[str, str]:
         return name if self.targets is None else {"": self.reference, **dict.fromkeys(self.targets, name)}
@@ -293,7 +300,6 @@ FAMILIES = [
         text("GPT2", "LMHeadModel", **GPT2, eos_token_id=None, pad_token_id=0, add_cross_attention=True),
         layers=4,
         inputs=lambda ids: {"input_ids": ids, "encoder_hidden_states": noise(ids.shape[0], 6, 32)},
-        bidirectional=True,
     ),
     Family("OPT", text("OPT", **{**TEXT, "word_embed_proj_dim": 32, "ffn_dim": 48})),
     Family("GPT-NeoX", text("GPTNeoX", **TEXT)),

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import hf_attn
 from hf_attn.ops import path_counts, reset_path_counts
-from tests.compatibility.families import ATTENTION_DROPOUT, VOCAB, Family, Host
+from tests.compatibility.families import ATTENTION_DROPOUT, IMAGE_TOKEN, VOCAB, Family, Host
 
 PROMPT = 14
 PADDED = 3  # tokens of row 0 that are padding
@@ -152,11 +152,12 @@ def generate(**options: Any) -> Callable[[Subject], Results]:
     def run(subject: Subject) -> Results:
         given = subject.inputs("left" if subject.host.tokens == "input_ids" else None)
         given.pop("decoder_input_ids", None)
+        images = {"suppress_tokens": [95, 96, 97, IMAGE_TOKEN]} if subject.family.multimodal else {}
         torch.manual_seed(7)
         out = GenerationMixin.generate(
             subject.model,
             **given,
-            **{"do_sample": False, "max_new_tokens": 6, **options},
+            **{"do_sample": False, "max_new_tokens": 6, **images, **options},
             output_logits=True,
             return_dict_in_generate=True,
         )
@@ -288,46 +289,59 @@ class Mode:
     """One column.
 
     Args:
-        name: its head in the table; about: what it is, for the list below the table.
+        group: its table; name: its head there; about: what it is, for the list above the tables.
         run: what happens, on any model.
         needs: what the host must offer, see `lacks`.
         reference: what runs on transformers' own attention instead of `run`.
         judge: how results are compared: "close", "bf16" (error budget against float32) or "training" (twice the
             difference between sdpa and eager).
+        text_only: multimodal models get no image, so that only their text model is called.
     """
 
+    group: str
     name: str
     about: str
     run: Callable[[Subject], Results]
     needs: tuple[str, ...] = ()
     reference: Callable[[Subject], Results] | None = None
     judge: str = "close"
+    text_only: bool = False
 
     def __str__(self) -> str:
         return self.name.replace(" ", "_")
 
 
+FORWARD, GENERATION, TRAINING = "One forward", "Caches and generation", "Training"
+GROUPS = (FORWARD, GENERATION, TRAINING)
+
 MODES = [
-    Mode("forward", "a plain forward of two rows", prefill(None)),
-    Mode("left padding", "a forward, row 0 padded at the left", prefill("left"), ("mask",)),
-    Mode("right padding", "a forward, row 0 padded at the right", prefill("right"), ("mask",)),
-    Mode("packed", "position ids that restart, `use_cache=False`", packed_positions, ("positions",)),
-    Mode("cu_seq_lens", "packed rows named by `cu_seq_lens_q`; compared with separate sequences", cu_seq_lens,
-         ("positions",), separate_sequences),
-    Mode("chunked", "a prompt in three calls behind the model's own cache", in_steps([9, 12], None), ("cache",)),
-    Mode("decode", "a left-padded prompt, then token by token", in_steps([11, 12, 13], "left"), ("cache",)),
-    Mode("greedy", "`generate`, left-padded batch", generate(), ("generate",)),
-    Mode("sampled", "`generate(do_sample=True)`, seeded", generate(do_sample=True, top_k=0), ("generate",)),
-    Mode("beam", "`generate(num_beams=3)`", generate(num_beams=3), ("generate",)),
-    Mode("static", "`generate(cache_implementation='static')`", generate(cache_implementation="static"), ("generate",)),
-    Mode("no cache", "`generate(use_cache=False)`", generate(use_cache=False), ("generate",)),
-    Mode("train", "loss and gradients of a padded batch, within twice sdpa-vs-eager", train(False), judge="training"),
-    Mode("checkpointing", "the same with gradient checkpointing", train(True), ("checkpointing",), train(False),
+    Mode(FORWARD, "forward", "a plain forward of two rows", prefill(None)),
+    Mode(FORWARD, "left padding", "row 0 padded at the left", prefill("left"), ("mask",)),
+    Mode(FORWARD, "right padding", "row 0 padded at the right", prefill("right"), ("mask",)),
+    Mode(FORWARD, "packed", "position ids that restart, `use_cache=False`", packed_positions, ("positions",),
+         text_only=True),
+    Mode(FORWARD, "cu_seq_lens", "packed rows named by `cu_seq_lens_q`; compared with each sequence alone", cu_seq_lens,
+         ("positions",), separate_sequences, text_only=True),
+    Mode(FORWARD, "bf16", "bfloat16, within twice the error of transformers' own", bfloat16, judge="bf16"),
+    Mode(FORWARD, "compile", "`torch.compile(fullgraph=True)`, padded batch", compiled),
+    Mode(FORWARD, "apply, save, load", "`hf_attn.apply`, `save_pretrained`, `from_pretrained`, forward", saved),
+    Mode(FORWARD, "4-D mask", "a mask of the user's own", user_mask, ("mask",)),
+    Mode(FORWARD, "output_attentions", "`model(..., output_attentions=True)`; right: the model keeps the wish to itself "
+         "and returns no weights, as with SDPA", with_attentions),
+    Mode(GENERATION, "chunked", "a prompt in three calls behind the model's own cache", in_steps([9, 12], None),
+         ("cache",)),
+    Mode(GENERATION, "decode", "a left-padded prompt, then token by token", in_steps([11, 12, 13], "left"), ("cache",)),
+    Mode(GENERATION, "greedy", "`generate`, left-padded batch; tokens and the logits of every step", generate(),
+         ("generate",)),
+    Mode(GENERATION, "sampled", "the same with `do_sample=True`, seeded", generate(do_sample=True, top_k=0),
+         ("generate",)),
+    Mode(GENERATION, "beam", "the same with `num_beams=3`", generate(num_beams=3), ("generate",)),
+    Mode(GENERATION, "static", "the same with `cache_implementation='static'`",
+         generate(cache_implementation="static"), ("generate",)),
+    Mode(GENERATION, "no cache", "the same with `use_cache=False`", generate(use_cache=False), ("generate",)),
+    Mode(TRAINING, "train", "loss and gradients of a padded batch, within twice sdpa-vs-eager", train(False),
          judge="training"),
-    Mode("bf16", "a bfloat16 forward, within twice sdpa's error", bfloat16, judge="bf16"),
-    Mode("compile", "`torch.compile(fullgraph=True)`, padded batch", compiled),
-    Mode("apply, save, load", "`hf_attn.apply`, `save_pretrained`, `from_pretrained`", saved),
-    Mode("4-D mask", "a mask of the user's own", user_mask, ("mask",)),
-    Mode("output_attentions", "`model(..., output_attentions=True)`", with_attentions),
-    Mode("dropout", "attention dropout in training", dropout_in_training, ("dropout",), prefill(None)),
+    Mode(TRAINING, "checkpointing", "the same with gradient checkpointing", train(True), ("checkpointing",),
+         train(False), judge="training"),
+    Mode(TRAINING, "dropout", "attention dropout", dropout_in_training, ("dropout",), prefill(None)),
 ]  # fmt: skip

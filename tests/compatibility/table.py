@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from unittest import mock
 
 import torch
+import transformers
 from torch import Tensor
 
 import hf_attn
 from hf_attn.ops import path_counts, reset_path_counts
 from tests.compatibility.families import FAMILIES, Family, Host
-from tests.compatibility.modes import MODES, Mode, Results, Subject, lacks, prefill
+from tests.compatibility.modes import GROUPS, MODES, Mode, Results, Subject, lacks, prefill
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 MECHANISMS = ("moba", "streaming")
 REFERENCE = "transformers"
+KINDS = ("right", "part dense", "dense", "refused", "-")
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def run_cell(family: Family, mechanism: str, mode: Mode) -> Outcome:
         except ValueError as error:
             return _refusal(error, mechanism)
     JUDGES[mode.judge](got, want, family, mode)
-    return _counted(subject)
+    return _counted(subject, mode)
 
 
 def _refusal(error: ValueError, mechanism: str) -> Outcome:
@@ -104,10 +108,11 @@ def _refusal(error: ValueError, mechanism: str) -> Outcome:
     return Outcome("refused", text)
 
 
-def _counted(subject: Subject) -> Outcome:
+def _counted(subject: Subject, mode: Mode) -> Outcome:
     """Kind of a cell whose results are equal, from the counters; all layers must have called, and sparse ops run."""
     layers = hf_attn.stats(subject.model)["layers"]
-    assert len(layers) == subject.family.layers, f"{sorted(map(str, layers))} called, not {subject.family.layers}"
+    expected = subject.family.called(mode.text_only)
+    assert len(layers) == expected, f"{sorted(map(str, layers))} called, not {expected} layers"
     for number, layer in layers.items():
         assert layer["calls"] == layer["sparse_calls"] + sum(layer["dense_reasons"].values()), (number, layer)
     sparse = sum(layer["sparse_calls"] for layer in layers.values())
@@ -155,3 +160,79 @@ def _difference(got: Tensor, want: Tensor, scale: float) -> float:
 
 
 JUDGES = {"close": _close, "bf16": _bfloat16, "training": _training}
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+INTRO = """# Compatibility
+
+What happens when `attn_implementation="hf_attn_<mechanism>"` meets a model family and a way of using it. Written by
+`python -m tests.compatibility.write_table` from what the cells of `tests/compatibility` do with tiny random models; a test
+compares this page with them. Made with transformers {version}.
+
+Every cell runs the same thing twice, once with transformers' own attention (`sdpa`, or `eager` where transformers refuses
+it) and once with the mechanism under options that must equal dense attention while its sparse op does the work (moba with
+`top_k=1000`, streaming with `window=100000`, blocks of 4 tokens, the torch path forced).
+
+- **right**: equal, and every attention layer ran the sparse op in every call.
+- **part dense**: equal; some layers or calls ran dense by design, were counted in `hf_attn.stats`, and the note says why.
+- **dense**: equal; every call ran dense and was counted.
+- **refused**: `ValueError` that names the mechanism and what to do; the note is that message.
+- **-**: not a mode of this model in transformers itself; the note says how the test found out.
+
+No cell may be anything else: results that differ, a layer that never called, or a call that was not counted fail the test.
+"""
+
+
+def render() -> str:
+    """The page, from all cells."""
+    cells = {
+        (mechanism, family, mode): run_cell(family, mechanism, mode)
+        for mechanism in MECHANISMS
+        for family in FAMILIES
+        for mode in MODES
+    }
+    parts = [INTRO.format(version=transformers.__version__), _summary(cells), _modes()]
+    for mechanism in MECHANISMS:
+        parts.append(_section(mechanism, {(f, m): o for (name, f, m), o in cells.items() if name == mechanism}))
+    return "\n".join(parts)
+
+
+def _summary(cells: dict) -> str:
+    lines = ["| mechanism | " + " | ".join(KINDS) + " | cells |", "|---" * (len(KINDS) + 2) + "|"]
+    for mechanism in MECHANISMS:
+        counts = Counter(outcome.kind for (name, *_), outcome in cells.items() if name == mechanism)
+        row = [str(counts[kind]) for kind in KINDS]
+        lines.append(f"| {mechanism} | " + " | ".join(row) + f" | {counts.total()} |")
+    return f"{len(FAMILIES)} families, {len(MODES)} modes:\n\n" + "\n".join(lines) + "\n"
+
+
+def _modes() -> str:
+    lines = ["## Modes", ""]
+    lines += [f"- **{mode.name}** ({mode.group.lower()}): {mode.about}." for mode in MODES]
+    return "\n".join(lines) + "\n"
+
+
+def _section(mechanism: str, cells: dict[tuple[Family, Mode], Outcome]) -> str:
+    notes: dict[str, int] = {}
+    parts = [f"## {mechanism}", ""]
+    for group in GROUPS:
+        modes = [mode for mode in MODES if mode.group == group]
+        parts += [f"### {group}: {mechanism}", "", "| family | " + " | ".join(mode.name for mode in modes) + " |"]
+        parts.append("|---" * (len(modes) + 1) + "|")
+        for family in FAMILIES:
+            row = [_cell(cells[family, mode], notes) for mode in modes]
+            parts.append(f"| {family.name} | " + " | ".join(row) + " |")
+        parts.append("")
+    parts += [f"Notes on {mechanism}:", ""]
+    parts += [f"{number}. {text}" for text, number in notes.items()]
+    return "\n".join(parts) + "\n"
+
+
+def _cell(outcome: Outcome, notes: dict[str, int]) -> str:
+    if not outcome.why:
+        return outcome.kind
+    # One note for all classes and shapes.
+    why = re.sub(r"\b[A-Z]\w*(Attention|ForConditionalGeneration)\w*", "<class>", outcome.why)
+    why = re.sub(r"\([\d, ]+\)", "(...)", why)
+    return f"{outcome.kind} ({notes.setdefault(why, len(notes) + 1)})"
