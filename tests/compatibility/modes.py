@@ -326,8 +326,8 @@ MODES = [
     Mode(FORWARD, "compile", "`torch.compile(fullgraph=True)`, padded batch", compiled),
     Mode(FORWARD, "apply, save, load", "`hf_attn.apply`, `save_pretrained`, `from_pretrained`, forward", saved),
     Mode(FORWARD, "4-D mask", "a mask of the user's own", user_mask, ("mask",)),
-    Mode(FORWARD, "output_attentions", "`model(..., output_attentions=True)`; right: the model keeps the wish to itself "
-         "and returns no weights, as with SDPA", with_attentions),
+    Mode(FORWARD, "output_attentions", "`model(..., output_attentions=True)`; right: the model keeps the wish to "
+         "itself and returns no weights, as with SDPA", with_attentions),
     Mode(GENERATION, "chunked", "a prompt in three calls behind the model's own cache", in_steps([9, 12], None),
          ("cache",)),
     Mode(GENERATION, "decode", "a left-padded prompt, then token by token", in_steps([11, 12, 13], "left"), ("cache",)),

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -50,7 +50,7 @@ def sparse_ops():
         yield
 
 
-@lru_cache(maxsize=None)
+@cache
 def subject_of(family: Family, name: str) -> Subject:
     """A model under `name`: a mechanism, or `REFERENCE` or "eager" for transformers' own attention."""
     if name in (REFERENCE, "eager"):
@@ -67,7 +67,7 @@ def _fresh(family: Family, name: str) -> Subject:
     return Subject(**{field: getattr(kept, field) for field in kept.__dataclass_fields__})
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference_results(family: Family, mode: Mode, name: str = REFERENCE) -> Results | str:
     """What transformers' own attention gives, or why it has no such mode."""
     subject = _fresh(family, name)
@@ -81,7 +81,7 @@ def reference_results(family: Family, mode: Mode, name: str = REFERENCE) -> Resu
         return f"transformers itself fails with {family.reference} ({type(error).__name__})"
 
 
-@lru_cache(maxsize=None)
+@cache
 def run_cell(family: Family, mechanism: str, mode: Mode) -> Outcome:
     """Run a mode on both, compare, and say what happened. Whatever is neither right nor told raises AssertionError."""
     want = reference_results(family, mode)
@@ -167,20 +167,22 @@ JUDGES = {"close": _close, "bf16": _bfloat16, "training": _training}
 INTRO = """# Compatibility
 
 What happens when `attn_implementation="hf_attn_<mechanism>"` meets a model family and a way of using it. Written by
-`python -m tests.compatibility.write_table` from what the cells of `tests/compatibility` do with tiny random models; a test
-compares this page with them. Made with transformers {version}.
+`python -m tests.compatibility.write_table` from what the cells of `tests/compatibility` do with tiny random models; a
+test compares this page with them. Made with transformers {version}.
 
-Every cell runs the same thing twice, once with transformers' own attention (`sdpa`, or `eager` where transformers refuses
-it) and once with the mechanism under options that must equal dense attention while its sparse op does the work (moba with
-`top_k=1000`, streaming with `window=100000`, blocks of 4 tokens, the torch path forced).
+Every cell runs the same thing twice: with transformers' own attention (`sdpa`, or `eager` where transformers refuses
+it), and with the mechanism under options that must equal dense attention while its sparse op does the work (moba with
+`top_k=1000`, streaming with `window=100000`, blocks of 4 tokens, the torch path forced). "Text model" rows give the
+string to the text model alone, `attn_implementation={{"text_config": "hf_attn_moba"}}`; "plain string" rows to every
+tower.
 
 - **right**: equal, and every attention layer ran the sparse op in every call.
-- **part dense**: equal; some layers or calls ran dense by design, were counted in `hf_attn.stats`, and the note says why.
+- **part dense**: equal; some layers or calls ran dense by design and are counted in `hf_attn.stats`; the note says why.
 - **dense**: equal; every call ran dense and was counted.
 - **refused**: `ValueError` that names the mechanism and what to do; the note is that message.
 - **-**: not a mode of this model in transformers itself; the note says how the test found out.
 
-No cell may be anything else: results that differ, a layer that never called, or a call that was not counted fail the test.
+No cell may be anything else: results that differ, a layer that never called, or a call that was not counted fail.
 """
 
 
