@@ -12,7 +12,7 @@ from hf_attn.call import AttentionCall
 from hf_attn.ops.backend import autocast
 
 # Elements of one mask, batch included; a longer call is computed in steps of query rows with a mask each.
-MAX_MASK = 1 << 24
+MAX_MASK = 1 << 23
 
 
 def dense_attention(call: AttentionCall) -> Tensor:
@@ -27,7 +27,14 @@ def dense_attention(call: AttentionCall) -> Tensor:
     whole = rows >= call.q_len or call.k_len < call.q_len
     if whole or not _needs_mask(call) or torch.compiler.is_compiling():
         return _attend(call)
-    return torch.cat([_attend(_rows(call, i, min(i + rows, call.q_len))) for i in range(0, call.q_len, rows)], 2)
+    steps = [(start, min(start + rows, call.q_len)) for start in range(0, call.q_len, rows)]
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return torch.cat([_attend(_rows(call, *step)) for step in steps], 2)
+    # Small results kept between large temporary masks would split the heap, and it would grow with every step.
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    for start, stop in steps:
+        out[:, :, start:stop] = _attend(_rows(call, start, stop))
+    return out
 
 
 def _attend(call: AttentionCall) -> Tensor:

@@ -51,6 +51,10 @@ def test_steps_equal_the_whole(name, monkeypatch):
     monkeypatch.setattr(dense, "scaled_dot_product_attention", watched)
     monkeypatch.setattr(dense, "MAX_MASK", 2 * K * 3)
     torch.testing.assert_close(dense.dense_attention(call), whole)
+    with torch.enable_grad():
+        query.requires_grad_()
+        torch.testing.assert_close(dense.dense_attention(call), whole)
+    sizes = sizes[: len(sizes) // 2]
     assert max(sizes) <= 2 * K * 3
     assert len(sizes) == (1 if name in ("full", "cross") else 4)
 

@@ -122,3 +122,11 @@ def test_continuous_batching():
     model = build("llama", "hf_attn_exact")
     with pytest.raises(ValueError, match="hf_attn_exact"):
         model.generate_batch([[5, 6, 7]], max_new_tokens=2)
+
+
+def test_packed_rows_beside_an_encoder():
+    """One cu_seq_lens would be read by encoder, decoder and cross-attention, whose tokens are not the same."""
+    model = build("gpt2", "hf_attn_exact", add_cross_attention=True)
+    packed = {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "encoder_hidden_states": torch.zeros(1, 5, 32)}
+    with pytest.raises(ValueError, match=r"does not support packed rows .* with cross-attention; pass one sequence"):
+        model(tokens(1, 5), **packed)
