@@ -126,7 +126,7 @@ def test_continuous_batching():
 
 def test_packed_rows_beside_an_encoder():
     """One cu_seq_lens would be read by encoder, decoder and cross-attention, whose tokens are not the same."""
-    model = build("gpt2", "hf_attn_exact", add_cross_attention=True)
-    packed = {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "encoder_hidden_states": torch.zeros(1, 5, 32)}
+    module = build("gpt2", "hf_attn_exact", add_cross_attention=True).transformer.h[0].crossattention
+    heads, packed = torch.zeros(1, 4, 5, 8), {"cu_seq_lens_q": torch.tensor([0, 2, 5])}
     with pytest.raises(ValueError, match=r"does not support packed rows .* with cross-attention; pass one sequence"):
-        model(tokens(1, 5), **packed)
+        attention_forward(module, heads, heads, heads, None, hf_attn_name="exact", **packed)
