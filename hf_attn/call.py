@@ -91,6 +91,23 @@ class TokenLayout:
         positions = torch.cat([pos_q, slots.expand_as(seg_k)], 1)
         return cls(length.shape[0], q_len, k_len, torch.stack([segments, positions], 1).to(torch.int32))
 
+    def query_rows(self, start: int, stop: int, causal: bool) -> TokenLayout:
+        """The layout of query slots `start:stop` alone; its `k_len` may be smaller, as the first keys are then enough.
+
+        Full rows need at least as many keys as queries.
+        """
+        count = stop - start
+        if self.is_plain:
+            return TokenLayout.full(self.batch, count, self.k_len - (self.q_len - stop) * causal)
+        index, window, dense = self.index, self.window, self.dense
+        if index is not None:
+            index = torch.cat([index[..., start:stop], index[..., self.q_len :]], -1)
+        if window is not None:
+            window = window[..., start:stop]
+        if dense is not None and dense.shape[2] > 1:
+            dense = dense[:, :, start:stop]
+        return TokenLayout(self.batch, count, self.k_len, index, window, dense)
+
     def query_ranks(self, device: torch.device | str | None = None) -> Tensor:
         """Rank of every query among the real keys of its sequence (its "position" in block arithmetic).
 

@@ -120,12 +120,16 @@ def _layer_matches(key: str, index: int, count: int | None) -> bool:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a mechanism supports, as `list_mechanisms` prints it."""
+    """What a mechanism supports, as `list_mechanisms` prints it.
+
+    `bidirectional`: layers that are not causal (encoders, vision towers); without it they are refused.
+    """
 
     train: bool = True
     decode: bool = True
     padding: bool = True
     packing: bool = True
+    bidirectional: bool = True
     cpu: bool = True
     triton: bool = False
     diffusers: bool = False

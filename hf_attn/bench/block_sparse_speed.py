@@ -142,7 +142,7 @@ def measure(dtype: str, length: int, backward: bool, repeats: int) -> None:
     for case in cases(length, generator):
         share = density(case.indices, length)
         if not check(case, inputs, grad, options):
-            print(f"{dtype:5} {case.name:38} {share:8.3f}   check FAILED: no speed shown", flush=True)
+            print(f"{dtype:5} {case.name:36}{share:10.3f}   check FAILED: no speed shown", flush=True)
             continue
         functions = dense_functions(inputs, grad, backward) | {"sparse": lambda case=case: run(case.indices)}
         times = interleaved(functions, repeats=repeats)
@@ -153,8 +153,8 @@ def measure(dtype: str, length: int, backward: bool, repeats: int) -> None:
 def print_row(dtype: str, case: Case, share: float, sparse: Timing, dense: Timing) -> None:
     ratio = paired_ratio(dense, sparse)
     print(
-        f"{dtype:5} {case.name:38} {share:8.3f} {dense.median * 1e3:9.1f} {sparse.median * 1e3:9.1f} "
-        f"{sparse.spread:7.0%} {ratio:8.2f} {ratio * share:8.1%}",
+        f"{dtype:5} {case.name:36}{share:10.3f}{dense.median * 1e3:10.1f}{sparse.median * 1e3:10.1f}"
+        f"{sparse.spread:10.0%}{ratio:10.2f}{ratio * share:10.1%}",
         flush=True,
     )
 
@@ -175,9 +175,8 @@ def main() -> None:
         f"{what}, B=1 Hq={Q_HEADS} Hkv={KV_HEADS} N={args.length} D={DIM}, blocks of {BLOCK}, causal, {machine_load()}"
     )
     print(f"torch {torch.__version__}, {args.threads} thread(s); limit = speed-up x density; times in ms")
-    print(
-        f"{'dtype':5} {'pattern':38} {'density':>8} {'dense':>9} {'sparse':>9} {'spread':>7} {'speed-up':>8} {'limit':>8}"
-    )
+    names = "".join(f"{name:>10}" for name in ("density", "dense", "sparse", "spread", "speed-up", "limit"))
+    print(f"{'dtype':5} {'pattern':36}{names}")
     for dtype in args.dtype:
         measure(dtype, args.length, args.backward, args.repeats)
 

@@ -35,7 +35,9 @@ def run_body(model: Any, ids: Tensor) -> tuple[Tensor, Any, float]:
     """Hidden states `[1, N, hidden]`, cache, and the seconds the model body took for prompt `ids` `[1, N]`."""
     start = time.perf_counter()
     result = model.base_model(input_ids=ids, use_cache=True)
-    return result.last_hidden_state, result.past_key_values, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    # transformers 5.24 renamed the field.
+    return result.last_hidden_state, result["cache" if "cache" in result else "past_key_values"], seconds
 
 
 @torch.inference_mode()

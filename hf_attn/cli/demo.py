@@ -72,7 +72,7 @@ def demo(
     model_name: str | None = typer.Option(None, "--model", help="Hub id, folder or .gguf; default SmolLM2-135M."),
     lengths: str = typer.Option("2048,4096,8192", help="Tokens of text + question + answer, comma-separated."),
     answer_tokens: int = typer.Option(40, min=1, help="Longest answer."),
-    repeats: int = typer.Option(3, min=2, help="Timed prefills of each length and mechanism."),
+    repeats: int = typer.Option(2, min=2, help="Timed prefills of each length and mechanism."),
     threads: int = typer.Option(0, min=0, help="CPU threads; 0 leaves torch's choice."),
     output: Path = typer.Option(Path("demo_output"), help="Folder for the picture, the saved model and the figures."),
 ) -> None:
@@ -89,7 +89,7 @@ def demo(
         rows = measure(model, tokenizer, sizes, answer_tokens, repeats)
         console.print(results_table(rows))
         print_notes(rows)
-        picture_and_reload(model, tokenizer, sizes[len(sizes) // 2], answer_tokens, output)
+        picture_and_reload(model, tokenizer, sizes, answer_tokens, output)
         (output / "table.json").write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")
 
 
@@ -134,7 +134,11 @@ def measure(model: Any, tokenizer: Any, sizes: list[int], answer_tokens: int, re
             batch = [Row(length, name) for name in MECHANISMS]
             for turn in range(repeats):
                 for row in batch:
-                    progress.update(work, description=f"{length} tokens, {row.name} ({turn + 1}/{repeats})")
+                    what = f"{length} tokens, {row.name} ({turn + 1}/{repeats})"
+                    progress.update(work, description=what)
+                    if not console.is_terminal:
+                        left = progress.tasks[work].time_remaining
+                        console.print(what if left is None else f"{what}, about {left:.0f} s left")
                     one_turn(model, tokenizer, ids, row, answer_tokens, first=turn == 0)
                     progress.advance(work, cost(length))
             rows += batch
@@ -217,14 +221,16 @@ def print_notes(rows: list[Row]) -> None:
     )
 
 
-def picture_and_reload(model: Any, tokenizer: Any, length: int, answer_tokens: int, output: Path) -> None:
+def picture_and_reload(model: Any, tokenizer: Any, sizes: list[int], answer_tokens: int, output: Path) -> None:
     """Picture of the selection; save; a fresh process that only imports hf_attn must give the same tokens."""
     switch(model, "hf_attn_moba")
     picture = output / "selection.png"
+    length = sizes[len(sizes) // 2]
     ids = prompt_of_length(tokenizer, length, answer_tokens)
     report = hf_attn.doctor(model, plot=picture, input_ids=ids, layer=model.config.num_hidden_layers // 2)
     console.print(f"wrote {picture}: blocks that layer {report.plotted_layer} selects at {length} tokens")
     folder = output / "model"
+    ids = prompt_of_length(tokenizer, sizes[0], answer_tokens)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with torch.inference_mode():

@@ -15,9 +15,6 @@ from hf_attn.ops import dense_attention, routed_block_attention, select_routes
 from hf_attn.ops.backend import may_go_dense
 from hf_attn.pattern import BlockPattern
 
-# Measured crossover on CPU: below this multiple of the token budget dense attention is as fast (docs/moba.md).
-DENSE_BELOW_BUDGETS = 2.0
-
 
 @dataclass
 class MobaConfig(MechanismConfig):
@@ -50,8 +47,13 @@ class MobaConfig(MechanismConfig):
 
 
 def default_min_seq_len(config: MobaConfig) -> int:
-    """Keys below which dense attention is measured to be as fast as MoBA with these options."""
-    return round(DENSE_BELOW_BUDGETS * config.top_k * config.block_size)
+    """Keys below which dense attention is measured to be as fast as MoBA with these options.
+
+    A fit to the crossovers on the CPU, in token budgets `top_k * block_size`: 2.8 at block 256, 3.4 at 128, 4.9 at 64,
+    10 at 32 (docs/moba.md): small blocks cost more to route and to gather.
+    """
+    budgets = 2.4 + (128 / config.block_size) ** 1.4
+    return round(budgets * config.top_k * config.block_size)
 
 
 def attend(call: AttentionCall, config: MobaConfig) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_attn.call import AttentionCall
 from hf_attn.checks import require_int
-from hf_attn.mechanism import Mechanism, MechanismConfig
+from hf_attn.mechanism import Capabilities, Mechanism, MechanismConfig
 from hf_attn.ops import block_sparse_attention, routed_block_attention
 from hf_attn.pattern import BlockPattern
 
@@ -132,6 +132,7 @@ MECHANISM = Mechanism(
     summary="first tokens and a sliding window, in blocks; training-free",
     source="StreamingLLM, arXiv 2309.17453",
     config=StreamingConfig,
+    capabilities=Capabilities(bidirectional=False),
     attend=attend,
     select=select,
     attended=attended,

@@ -31,6 +31,7 @@ REFUSED = {
     "indices": "the model's own token selection",
     "block_indices": "the model's own block selection",
 }
+CROSS_ATTENTION = "cross-attention: queries and keys are different tokens"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def attention_forward(
         hf_attn_options: options bound by `hf_attn.spec`; `None` reads `config.hf_attn`.
 
     Returns the output `[B, Nq, Hq, Dv]`, contiguous, and `None`: attention weights are never formed.
-    Raises ValueError for what cannot be honoured: dropout, soft-capping, sinks, biases, arbitrary masks of the user.
+    Raises ValueError for what cannot be honoured: dropout, soft-capping, sinks, biases, arbitrary masks of the user,
+    and bidirectional layers under a mechanism that needs causal ones. Cross-attention, and layers with a sliding window
+    of their own, run dense and are counted.
     """
     refuse_unsupported(module, hf_attn_name, dropout, kwargs)
     host = HostLayer(
@@ -84,6 +87,9 @@ def attention_forward(
         causal = kind == "causal"
     else:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    cross = is_cross_attention(module, causal, query.shape[2], key.shape[2])
+    if cross or getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        refuse_packing(module, hf_attn_name, kwargs)
     tokens = layout_from_mask(attention_mask, query, key, kwargs)
     check_packing(module, _owner(module, hf_attn_name), tokens, kwargs.get("position_ids"))
     return _attend(host, query, key, value, causal, tokens, kind).transpose(1, 2).contiguous(), None
@@ -126,7 +132,12 @@ def _attend(
             **listener,
         ),
     )
-    reason = dense_reason(module, host.name, host.resolved, tokens, kind, host.window)
+    if is_cross_attention(module, causal, query.shape[2], key.shape[2]):
+        reason = CROSS_ATTENTION
+    else:
+        reason = dense_reason(module, host.name, host.resolved, tokens, kind, host.window)
+    if reason is None and not causal:
+        refuse_bidirectional(module, host.resolved.mechanism)
     if recording:
         for watcher in _WATCHERS:
             watcher(call, host.resolved, reason)
@@ -193,20 +204,39 @@ def window_of(module: nn.Module, window: Any = None, tokens: TokenLayout | None 
     return None
 
 
+def is_cross_attention(module: nn.Module, causal: bool, q_len: int, k_len: int) -> bool:
+    """Whether queries and keys are different tokens, so that no position or block of one means anything in the other.
+
+    The host does not say it; the module does (a flag, its class, a decoder's layer that is not causal), or the lengths.
+    """
+    if getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__:
+        return True
+    return not causal and (q_len != k_len or bool(getattr(module, "is_decoder", False)))
+
+
+def refuse_bidirectional(module: nn.Module, mechanism: Mechanism) -> None:
+    """Raise ValueError when a mechanism that needs an order of tokens meets a layer without one."""
+    if mechanism.capabilities.bidirectional:
+        return
+    raise ValueError(
+        f"{PREFIX}{mechanism.name} needs causal attention, but {type(module).__name__} is not causal. For a multimodal "
+        f"model name its text model alone, attn_implementation={{'text_config': '{PREFIX}{mechanism.name}'}}; for an "
+        f"encoder use '{PREFIX}moba' or 'sdpa'."
+    )
+
+
+def refuse_packing(module: nn.Module, name: str, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for packed rows where the host hands one `cu_seq_lens` to layers with different tokens."""
+    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("cu_seq_lens_k") is not None:
+        raise ValueError(
+            f"{PREFIX}{name} ({type(module).__name__}) does not support packed rows (cu_seq_lens_q) in models with "
+            "cross-attention; pass one sequence a row, padded"
+        )
+
+
 def refuse_unsupported(module: nn.Module, name: str, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for a host argument that would have to be ignored."""
     owner = _owner(module, name)
-    encoder_decoder = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-    if encoder_decoder or getattr(module, "is_cross_attention", False):
-        raise ValueError(
-            f"{owner} does not support cross-attention and encoder-decoder models yet; use a decoder-only language "
-            "model, or attn_implementation='sdpa'"
-        )
-    if dropout:
-        raise ValueError(
-            f"{owner} has no attention dropout, got dropout={dropout}; only 0 is allowed. Load the model with "
-            "attention_dropout=0 (attn_pdrop=0 for GPT-2)."
-        )
     for argument, what in REFUSED.items():
         if kwargs.get(argument) is not None:
             got = kwargs[argument]
@@ -215,6 +245,11 @@ def refuse_unsupported(module: nn.Module, name: str, dropout: float, kwargs: dic
                 f"{owner} does not support {what} ({argument}), got {shown}; only None is allowed. "
                 "Use attn_implementation='eager' for this model."
             )
+    if dropout:
+        raise ValueError(
+            f"{owner} has no attention dropout, got dropout={dropout}; only 0 is allowed. Load the model with "
+            "attention_dropout=0 (attn_pdrop=0 for GPT-2, attention_probs_dropout_prob=0 for BERT and ViT)."
+        )
     if kwargs.get("output_attentions"):
         raise ValueError(
             f"{owner} never forms attention weights, got output_attentions=True; use attn_implementation='eager'"

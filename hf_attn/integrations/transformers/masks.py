@@ -20,8 +20,12 @@ from hf_attn.call import TokenLayout
 # the mask inside their own code (indexers, Doge) and would misread a compact one.
 COMPACT_OK = frozenset(
     {
+        "bart",
+        "bert",
+        "clip_text_model",
         "cohere",
         "cohere2",
+        "deepseek_v3",
         "exaone4",
         "gemma",
         "gemma2",
@@ -35,6 +39,7 @@ COMPACT_OK = frozenset(
         "llama",
         "mistral",
         "mixtral",
+        "modernbert",
         "olmo",
         "olmo2",
         "olmo3",
@@ -43,11 +48,14 @@ COMPACT_OK = frozenset(
         "phi3",
         "qwen2",
         "qwen2_moe",
+        "qwen2_vl_text",
         "qwen3",
         "qwen3_moe",
         "smollm3",
         "stablelm",
         "starcoder2",
+        "vit",
+        "whisper",
     }
 )
 
@@ -134,7 +142,9 @@ def index_mask(
     seg_q = segments if packed else torch.zeros_like(pos_q)
     seg_k = segments if packed else torch.zeros_like(pos_k)
     if attention_mask is not None:
-        seg_q = torch.where(_real_at(attention_mask, pos_q), seg_q, -1)
+        if causal or windowed:
+            seg_q = torch.where(_real_at(attention_mask, pos_q), seg_q, -1)
+        # Else the padding is about keys alone: in cross-attention the queries are other tokens.
         seg_k = torch.where(_real_at(attention_mask, pos_k), seg_k, -1)
     rows = [torch.cat([seg_q, seg_k], -1)]
     if causal or windowed:

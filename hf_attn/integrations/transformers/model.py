@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -19,7 +20,7 @@ from hf_attn.integrations.transformers.config import (
     target_config,
     target_names,
 )
-from hf_attn.mechanism import parse_config
+from hf_attn.mechanism import get_mechanism, parse_config
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Previous:
     hf_attn: dict[str, Any] | None
 
 
+# Options of a config that mean an argument no mechanism can honour; the attention function refuses that one as well.
+_REFUSED_OPTIONS = {
+    "attn_logit_softcapping": "soft-capping of the scores (softcap)",
+    "relative_attention_num_buckets": "an additive position bias (position_bias)",
+}
 _PREVIOUS: WeakKeyDictionary[PreTrainedModel, Previous] = WeakKeyDictionary()
 
 
@@ -37,14 +43,17 @@ def apply(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
     """Let `model` use mechanism `name` from its next call on; returns the model.
 
     Args:
-        model: a decoder language model.
+        model: a transformers model: a decoder language model, an encoder or vision model (mechanisms that support
+            bidirectional layers), a multimodal model (its text model, or what `targets` names), or an encoder-decoder
+            (self-attention; cross-attention stays dense and is counted).
         name: a mechanism's name, as `hf_attn.list_mechanisms()` shows them.
         options: the mechanism's options; `layers={index or slice: options or None}` for single layers (None = dense),
             `targets=[...]` for the sub-configs of a multimodal model (default: its text model), `required=True` to make
             the saved checkpoint refuse to load without hf-attn.
 
     The options are kept in `model.config.hf_attn` and saved with the model. Raises ValueError, and changes nothing, for
-    unknown names, options, layers or targets, and for models that would ignore the mechanism.
+    unknown names, options, layers or targets, and for models that would ignore the mechanism or that it cannot serve
+    (soft-capping, attention sinks, position biases, bidirectional layers of a causal mechanism in an encoder-decoder).
     """
     value = {"mechanism": name, **options}
     mechanism, config = parse_config(mechanism_options(value, name) | {"mechanism": name})
@@ -89,8 +98,9 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns
         mechanism, options: what is set now (mechanism None when none is).
-        layers: {layer number: calls, sparse_calls, dense_calls, dense_reasons, paths, computed_pairs, visible_pairs,
-            density, last_q_len, last_k_len}; only layers that were called through hf_attn.
+        layers: {layer number (module name where numbers repeat): calls, sparse_calls, dense_calls, dense_reasons,
+            paths, computed_pairs, visible_pairs, density, last_q_len, last_k_len}; only layers that were called
+            through hf_attn.
         totals: the same summed over layers.
 
     `density` counts the calls whose mechanism reported pairs, not the dense ones. Calls inside graphs of torch.compile
@@ -118,11 +128,12 @@ def active(model: PreTrainedModel) -> tuple[str | None, dict[str, Any]]:
 
 
 def refuse_model(model: PreTrainedModel, name: str) -> None:
-    """Raise ValueError for model classes that would ignore an attention implementation, or need what we lack."""
-    if getattr(model.config, "is_encoder_decoder", False):
+    """Raise ValueError for model classes that would ignore an attention implementation, or need what `name` lacks."""
+    bidirectional = get_mechanism(name).capabilities.bidirectional
+    if getattr(model.config, "is_encoder_decoder", False) and not bidirectional:
         raise ValueError(
-            f"{PREFIX}{name} does not support encoder-decoder models yet, got {type(model).__name__}; "
-            "use a decoder-only language model"
+            f"{PREFIX}{name} needs causal attention, but the encoder of {type(model).__name__} is not causal; use "
+            "'moba', or a decoder-only language model"
         )
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and not module._can_set_attn_implementation():
@@ -131,16 +142,22 @@ def refuse_model(model: PreTrainedModel, name: str) -> None:
                 f"{PREFIX}{name} would never be called; use a model whose attention goes through transformers' "
                 "AttentionInterface (Llama, Qwen, Mistral, Gemma 3, ...)"
             )
+        if isinstance(getattr(module, "sinks", None), Tensor):
+            raise ValueError(
+                f"{PREFIX}{name} does not support attention sinks (s_aux), which {type(module).__name__} has; use "
+                "attn_implementation='eager' for this model"
+            )
 
 
 def refuse_config(config: PreTrainedConfig, name: str) -> None:
     """Raise ValueError for options of a model config that no mechanism can honour."""
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap is not None:
-        raise ValueError(
-            f"{PREFIX}{name} does not support soft-capping of the scores (softcap), got "
-            f"attn_logit_softcapping={softcap}; use attn_implementation='eager' for this model"
-        )
+    for key, what in _REFUSED_OPTIONS.items():
+        value = getattr(config, key, None)
+        if value is not None:
+            raise ValueError(
+                f"{PREFIX}{name} does not support {what}, got {key}={value}; use attn_implementation='eager' for this "
+                "model"
+            )
 
 
 def implementations(config: PreTrainedConfig) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What would fail without a word, for `doctor`: dropped masks, lost packing, towers of a VLM, adapters on a wrong base."""
+"""What would fail without a word: dropped masks, lost packing, towers of a VLM, adapters on a wrong base."""
 
 from __future__ import annotations
 

@@ -90,14 +90,24 @@ def stats_of(module: nn.Module) -> LayerStats:
     return found
 
 
-def model_stats(model: nn.Module) -> dict[int, dict[str, Any]]:
-    """Counters of every attention layer of `model` that was called, by layer number (or order, without numbers)."""
-    layers: dict[int, dict[str, Any]] = {}
-    for module in model.modules():
-        if module in _STORE:
-            index = getattr(module, "layer_idx", None)
-            layers[len(layers) if index is None else int(index)] = _STORE[module].to_dict()
-    return dict(sorted(layers.items()))
+def model_stats(model: nn.Module) -> dict[int | str, dict[str, Any]]:
+    """Counters of every attention layer of `model` that was called, by layer number.
+
+    Layers whose number another layer has already (cross-attention, a second tower), or that have none beside layers
+    that do, go by their module's name. Where no layer has a number, they are counted in order.
+    """
+    called = [(name, module) for name, module in model.named_modules() if module in _STORE]
+    numbers = [getattr(module, "layer_idx", None) for _, module in called]
+    if all(number is None for number in numbers):
+        numbers = list(range(len(called)))
+    numbered: dict[int | str, dict[str, Any]] = {}
+    named: dict[int | str, dict[str, Any]] = {}
+    for (name, module), number in zip(called, numbers, strict=True):
+        if number is None or int(number) in numbered:
+            named[name] = _STORE[module].to_dict()
+        else:
+            numbered[int(number)] = _STORE[module].to_dict()
+    return dict(sorted(numbered.items())) | named
 
 
 def reset_model_stats(model: nn.Module) -> None:
@@ -106,7 +116,7 @@ def reset_model_stats(model: nn.Module) -> None:
         _STORE.pop(module, None)
 
 
-def totals(layers: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def totals(layers: dict[int | str, dict[str, Any]]) -> dict[str, Any]:
     """Sums over layers; `density` is again computed over visible pairs."""
     reasons: Counter[str] = Counter()
     for layer in layers.values():

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GptOssConfig, GptOssForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GptOssConfig,
+    GptOssForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hf_attn
-from hf_attn.integrations.transformers.attention import REFUSED, attention_forward
+from hf_attn.integrations.transformers.attention import CROSS_ATTENTION, REFUSED, attention_forward
 from tests.integrations.transformers.tiny import SIZES, assert_close, build, pair, tokens
 
 
@@ -77,14 +84,43 @@ def test_non_causal_modules_are_left_to_the_mechanism():
         model(tokens(1, 9), use_cache=False)
 
 
-def test_cross_attention():
-    model = build("gpt2", "hf_attn_exact", add_cross_attention=True)
-    with pytest.raises(ValueError, match="GPT2Attention.* does not support cross-attention"):
-        model(tokens(1, 5), encoder_hidden_states=torch.zeros(1, 3, 32))
+@pytest.mark.parametrize("length", [3, 5])
+@torch.no_grad()
+def test_cross_attention_is_dense_and_counted(length):
+    """Also when there are as many encoder tokens as queries: their padding is not the queries' padding."""
+    dense, ours = pair("gpt2", add_cross_attention=True)
+    mask = torch.ones(1, length, dtype=torch.long)
+    mask[0, -1] = 0
+    encoder = {"encoder_hidden_states": torch.randn(1, length, 32), "encoder_attention_mask": mask}
+    assert_close(ours(tokens(1, 5), **encoder).logits, dense(tokens(1, 5), **encoder).logits)
+    totals = hf_attn.stats(ours)["totals"]
+    assert totals["dense_reasons"] == {CROSS_ATTENTION: 2} and totals["sparse_calls"] == 2
 
 
-def test_encoder_decoder():
+def test_position_bias():
+    """T5 adds one to its scores: refused when called, and before that by apply."""
     config = T5Config(vocab_size=97, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration._from_config(config, attn_implementation="hf_attn_exact")
-    with pytest.raises(ValueError, match="T5Attention.* does not support cross-attention and encoder-decoder models"):
+    with pytest.raises(ValueError, match=r"\(T5Attention\) does not support an additive position bias"):
         model(tokens(1, 5), decoder_input_ids=tokens(1, 2))
+    with pytest.raises(ValueError, match="hf_attn_moba does not support an additive position bias"):
+        hf_attn.apply(model, "moba")
+
+
+def test_what_apply_refuses_before_anything_runs():
+    config = GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=4)
+    with pytest.raises(ValueError, match=r"hf_attn_moba does not support attention sinks \(s_aux\), which GptOss"):
+        hf_attn.apply(GptOssForCausalLM._from_config(config, attn_implementation="eager"), "moba")
+    sizes = {"vocab_size": 97, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1}
+    model = BartForConditionalGeneration(BartConfig(**sizes, encoder_attention_heads=2, decoder_attention_heads=2))
+    with pytest.raises(ValueError, match="hf_attn_streaming needs causal attention, but the encoder of Bart"):
+        hf_attn.apply(model, "streaming")
+    hf_attn.apply(model, "moba")
+
+
+def test_packed_rows_beside_an_encoder():
+    """One cu_seq_lens would be read by encoder, decoder and cross-attention, whose tokens are not the same."""
+    module = build("gpt2", "hf_attn_exact", add_cross_attention=True).transformer.h[0].crossattention
+    heads, packed = torch.zeros(1, 4, 5, 8), {"cu_seq_lens_q": torch.tensor([0, 2, 5])}
+    with pytest.raises(ValueError, match=r"does not support packed rows .* with cross-attention; pass one sequence"):
+        attention_forward(module, heads, heads, heads, None, hf_attn_name="exact", **packed)

@@ -162,11 +162,11 @@ REFUSED = {
     "option": (lambda: build("llama"), "exact", {"blocksize": 3}, "no option 'blocksize' (did you mean 'block_size'?)"),
     "layer": (lambda: build("llama"), "exact", {"layers": {2: None}}, "names layer 2, but the model has 2 layers"),
     "Bloom": (bloom, "exact", {}, "BloomForCausalLM has attention code of its own and ignores attn_implementation"),
-    "encoder-decoder": (
+    "position bias": (
         lambda: T5(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
         "exact",
         {},
-        "does not support encoder-decoder models yet, got T5ForConditionalGeneration",
+        "does not support an additive position bias (position_bias), got relative_attention_num_buckets",
     ),
     "softcap": (
         lambda: build("gemma2", "eager", attn_logit_softcapping=50.0),

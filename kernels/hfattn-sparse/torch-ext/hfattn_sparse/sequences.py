@@ -93,7 +93,8 @@ def _drop_future(k: Rows, pos_k: Tensor, newest: int) -> Rows | None:
 def _check_alignment(pos_q: Tensor, pos_k: Tensor) -> None:
     """Queries must be the last tokens of their sequence; when they outnumber the keys, the first ones see none."""
     overlap = min(pos_q.numel(), pos_k.numel())
-    if not torch.equal(pos_q[-overlap:], pos_k[-overlap:]):
+    ordered = bool((pos_q.diff() > 0).all()) and bool((pos_k.diff() > 0).all())
+    if not ordered or not torch.equal(pos_q[-overlap:], pos_k[-overlap:]):
         raise ValueError(
             "sparse attention needs the queries of a sequence to be its last tokens, in order; got query positions "
             f"{pos_q[:8].tolist()}... and last key positions {pos_k[-overlap:][:8].tolist()}.... "

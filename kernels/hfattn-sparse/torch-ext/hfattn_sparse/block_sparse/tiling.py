@@ -151,7 +151,7 @@ class TilePlan:
         return full.sorted(), replace(plan, local=last, counts=plan.edges).subset(plan.edges > 0).sorted()
 
     def chunks(self, max_scores: int, max_keys: int, dtype: torch.dtype) -> Iterator[Chunk]:
-        """Chunks of at most `max_scores` scores and `max_keys` gathered keys, but at least one tile; masks in `dtype`."""
+        """Chunks of at most `max_scores` scores and `max_keys` gathered keys, or of one tile; masks in `dtype`."""
         edges, numbers, offsets = self.edges.tolist(), self.tiles.tolist(), self._edge_offsets()
         base = self.head_rows(self.geometry.kv_heads)[:, None] * self.geometry.key_blocks
         masks: dict[tuple, Tensor] = {}

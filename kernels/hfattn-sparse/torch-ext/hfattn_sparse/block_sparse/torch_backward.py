@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from .tiling import BlockTable, Chunk, TilePlan, TileRows, Workspace
-from .torch_forward import CHUNK_KEYS, CHUNK_SCORES, NEG_INF, SAFE_SCORE, accumulator, add_bias, stable_exp
+from .torch_forward import NEG_INF, accumulator, add_bias, stable_exp
+
+# Scores surely below this are recomputed without clamping them against their log-sum-exp first.
+SAFE_SCORE = 30.0
+
+# Two products a step more than the forward, so a larger chunk pays.
+CHUNK_SCORES, CHUNK_KEYS = 1 << 21, 1 << 14
 
 
 class Gradients:
@@ -77,7 +83,7 @@ def explicit_backward(
     sums = _Sums(keys, values, bias, grads, careful, work)
     inputs = [None if x is None else TileRows(x, plan) for x in (query, grad_out, out, lse, grad_lse)]
     target = TileRows(grad_query, plan)
-    longest = keys.blocks if small else max(1, 2 * limit // (plan.tile_rows * keys.block))
+    longest = keys.blocks if small else max(1, limit // (plan.tile_rows * keys.block))
     for chunk in plan.chunks(limit, torch.get_num_threads() * CHUNK_KEYS, low):
         rows = _rows(chunk, inputs, scale, low, dtype, bound, small, keys.block, work)
         for piece in chunk.pieces(longest, keys.block):
@@ -161,7 +167,8 @@ def _piece(piece: Chunk, state: _Rows, sums: _Sums) -> None:
     """Weights from the lse that the forward left."""
     low, work = state.grad.dtype, sums.work
     scored = state.scored
-    scores = work.bmm("scores", sums.keys.take(piece.rows, scored.dtype, work, "key"), scored.mT)  # [n, keys, rows]
+    key = sums.keys.take(piece.rows, scored.dtype, work, "key")
+    scores = work.bmm("scores", key, scored.mT)  # [n, keys, rows]
     if state.lse is None:
         weights = scores.exp_()
         if piece.edge:
@@ -179,7 +186,9 @@ def _piece(piece: Chunk, state: _Rows, sums: _Sums) -> None:
     else:
         grad_scores = work.bmm("grad scores", value, grad.mT).sub_(delta)
     grad_scores.mul_(weights)
-    sums.add(piece, state, weights, grad_scores, grad, sums.keys.take(piece.rows, low, work, "key"))
+    if key.dtype != low:
+        key = sums.keys.take(piece.rows, low, work, "key")
+    sums.add(piece, state, weights, grad_scores, grad, key)
 
 
 def _small_piece(piece: Chunk, state: _Rows, sums: _Sums) -> None:

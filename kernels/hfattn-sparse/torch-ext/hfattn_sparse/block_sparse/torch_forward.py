@@ -10,10 +10,11 @@ from .tiling import BlockTable, Chunk, TilePlan, TileRows, Workspace
 NEG_INF = float("-inf")
 # exp of anything lower is not worth having, and denormal results cost a CPU up to 100 times a normal one.
 FLOOR = -80.0
-# Scores whose magnitude is surely below this are exponentiated as they are: no row maximum, no subtraction.
-SAFE_SCORE = 30.0
-# A chunk should stay in the cache of its core between the steps that work on it.
-CHUNK_SCORES, CHUNK_KEYS = 1 << 19, 1 << 13
+# Scores are exponentiated as they are: no row maximum, no subtraction. A row whose log-sum-exp stays within this had
+# no exponential that overflowed or that was lost although it mattered; any other row is computed again, shifted.
+SAFE_LSE = 60.0
+# Few large steps: a call costs microseconds however little it does, so chunks may well outgrow a core's own cache.
+CHUNK_SCORES, CHUNK_KEYS = 1 << 19, 1 << 14
 # The fused kernel keeps its scores to itself; larger batches only save calls.
 FUSED_KEYS = 1 << 13
 
@@ -34,7 +35,7 @@ def score_bound(query: Tensor, key: Tensor, scale: float) -> float:
 
 
 def can_fuse(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None) -> bool:
-    """The fused kernel wins for half-precision inputs; fp32 is faster with explicit products, which also take a bias."""
+    """The fused kernel wins for half precision; explicit products win for fp32 and take a bias and any shape."""
     return (
         _fused is not None
         and query.device.type == "cpu"
@@ -102,23 +103,24 @@ def explicit_forward(
 
     Args:
         bias: additive key bias as a table, and the first table row of every tile.
-        safe: scores need no maximum (see `score_bound`) and no bias is given.
+        safe: exponentiate scores as they are (see `SAFE_LSE`); only without a bias.
         out, lse: written, [B, Hq, rows, Dv] and [B, Hq, rows].
         careful: keep hidden keys from touching anything even when they hold NaN or infinities.
     """
     work, limit, dtype = Workspace(), torch.get_num_threads() * CHUNK_SCORES, accumulator(query.dtype)
     queries, outs, lses = (TileRows(x, plan) for x in (query, out, lse))
-    longest = max(1, 2 * limit // (plan.tile_rows * keys.block))
+    # One long row needs no batching: smaller steps stay in the cache.
+    longest = max(1, limit // (2 * plan.tile_rows * keys.block))
     for chunk in plan.chunks(limit, torch.get_num_threads() * CHUNK_KEYS, dtype):
         taken = queries.take(chunk, dtype, work, "query")
         rows = torch.mul(taken, scale, out=work.get("rows", taken.shape, dtype, taken.device))
-        for number, piece in enumerate(chunk.pieces(longest, keys.block)):
-            name = "part" if number else "total"
+        total = None
+        for piece in chunk.pieces(longest, keys.block):
+            name = "part" if total else "total"
             result = _piece(piece, rows, keys, values, bias, safe, careful, work, name)
-            if number:
+            if total:
                 _merge(total, result)
-            else:
-                total = result
+            total = total or result
         acc, weight, top = total
         # A row that sees anything has far more weight than this bound.
         outs.put(chunk, acc.div_(weight.clamp(min=1e-30)[..., None]))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .tiling import BlockTable, Geometry, TilePlan, TileRows, plan_tiles, row_runs
 from .torch_backward import Gradients, explicit_backward
-from .torch_forward import NEG_INF, SAFE_SCORE, accumulator, can_fuse, explicit_forward, fused_forward, score_bound
+from .torch_forward import NEG_INF, SAFE_LSE, accumulator, can_fuse, explicit_forward, fused_forward, score_bound
 
 # Calls with fewer scores than this take the most exact route there is; it costs them milliseconds at most.
 SMALL = 1 << 21
@@ -41,7 +41,8 @@ def forward(
     geometry, plans, tables = _prepare(query, key, value, indices, block_q, block_k, causal, key_bias)
     keys, values, bias = tables
     fused = can_fuse(query, key, value, key_bias) and sum(plan.scores for _, plan in plans) > SMALL
-    safe = not fused and key_bias is None and score_bound(query, key, scale) <= SAFE_SCORE
+    # Without a bias no score needs a maximum subtracted, unless the result says so afterwards.
+    plain = key_bias is None
     # The fused path merges into what is there, so that has to be zeros.
     complete = bool(plans) and not fused and all(len(plan.tiles) == plan.num_tiles for _, plan in plans)
     shape = (*query.shape[:3], value.shape[3])
@@ -52,7 +53,9 @@ def forward(
         if fused:
             fused_forward(plan, part, keys, values, scale, *results)
         else:
-            explicit_forward(plan, part, keys, values, scale, _tile_bias(plan, bias), safe, *results)
+            explicit_forward(plan, part, keys, values, scale, _tile_bias(plan, bias), plain, *results)
+            if plain and not bool((results[1].abs() <= SAFE_LSE).all()):
+                _shift(plan, part, keys, values, scale, *results)
         if not bool(results[0].sum().isfinite()):
             _repair(plan, part, keys, values, scale, bias, *results)
     return out, lse
@@ -129,6 +132,14 @@ def _tile_bias(plan: TilePlan, bias: BlockTable | None):
     if bias is None:
         return None
     return bias, plan.head_rows(bias.heads) % (bias.batch * bias.heads) * bias.blocks
+
+
+def _shift(plan: TilePlan, query, keys, values, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Recompute, in place and with the maximum subtracted, the tiles whose plain exponentials left the safe range."""
+    outside = ~TileRows(lse.abs() <= SAFE_LSE, plan).parts.flatten(0, 2).flatten(1).all(1)
+    outside = outside[plan.tiles]
+    if bool(outside.any()):
+        explicit_forward(plan.subset(outside), query, keys, values, scale, None, False, out, lse)
 
 
 def _repair(plan: TilePlan, query, keys, values, scale: float, bias, out: Tensor, lse: Tensor) -> None:
