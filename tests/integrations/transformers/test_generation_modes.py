@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
-from transformers import pipeline
+from transformers import QuantizedCache, pipeline
 
 import hf_attn
 from tests.integrations.transformers.modes import MECHANISMS, all_sparse, equal, sparse
@@ -44,6 +45,8 @@ def generate(model, **options: Any) -> torch.Tensor:
 @pytest.mark.parametrize("mode", list(modes()))
 @pytest.mark.parametrize("name", MECHANISMS)
 def test_it_equals_sdpa(name, mode, sparse_path):
+    if mode == "quantized cache" and "fp8" not in inspect.getsource(QuantizedCache):
+        pytest.skip("this transformers has only quantized caches that need further packages")
     dense, ours = equal(name)
     assert torch.equal(generate(ours, **modes()[mode]), generate(dense, **modes()[mode]))
     assert all_sparse(ours)
