@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 VOCAB = 99
 IMAGE_TOKEN = 98
+VISION_START = 96
 IMAGE_SLOTS = slice(5, 9)  # four image tokens in every prompt of a multimodal model
 
 TEXT: dict[str, Any] = {
@@ -209,6 +210,7 @@ def gemma3_inputs(ids: Tensor) -> dict[str, Any]:
 
 def qwen2_vl_inputs(ids: Tensor) -> dict[str, Any]:
     ids = _with_image(ids)
+    ids[:, IMAGE_SLOTS.start - 1] = VISION_START  # generate counts the images of a row by it
     return {
         "input_ids": ids,
         "pixel_values": noise(16 * ids.shape[0], 3 * 2 * 4 * 4),
@@ -255,7 +257,7 @@ def qwen2_vl():
         },
         image_token_id=IMAGE_TOKEN,
         video_token_id=97,
-        vision_start_token_id=96,
+        vision_start_token_id=VISION_START,
         vision_end_token_id=95,
     )
     return transformers.Qwen2VLForConditionalGeneration, config
