@@ -228,3 +228,22 @@ def test_large_scores_do_not_overflow(monkeypatch):
         assert out.isfinite().all()
         expected = out if backend == "reference" else expected  # noqa: F821
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", [-300.0, -70.0, 70.0, 300.0])
+def test_block_sparse_scores_far_from_zero(level, monkeypatch):
+    """Plain exponentials would overflow or vanish; one row in two keeps ordinary scores in the same tiles."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, h, 200, 16, generator=generator) for h in (4, 2, 2))
+    key[..., 0] = 1.0
+    query[:, :, ::2, 0] += level
+    size = {"block_q": 32, "block_k": 32, "q_len": 200, "k_len": 200}
+    pattern = BlockPattern.causal_blocks(**size) - BlockPattern.prefix(32, **size)
+    results = {}
+    for backend, dtype in (("reference", torch.float64), ("torch", torch.float32)):
+        monkeypatch.setenv("HF_ATTN_BACKEND", backend)
+        tensors = [t.to(dtype) for t in (query, key, value)]
+        results[backend] = ops.block_sparse_attention(*tensors, pattern, causal=True, scale=1.0, return_lse=True)
+    for got, expected in zip(results["torch"], results["reference"], strict=True):
+        assert torch.equal(got.isfinite(), expected.isfinite())
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
