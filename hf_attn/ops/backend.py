@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -10,8 +14,14 @@ from torch import Tensor
 
 from hf_attn.call import TokenLayout
 
-Path = Literal["reference", "torch"]
+Path = Literal["reference", "torch", "triton"]
 _VARIABLE = "HF_ATTN_BACKEND"
+# Ops that have a Triton path.
+TRITON_OPS = frozenset[str]()
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_DEVICES = ("cuda", "xpu")
+TRITON_HEAD_DIMS = "multiples of 8 from 8 to 256"
 
 
 def forced_backend() -> str | None:
@@ -24,15 +34,51 @@ def forced_backend() -> str | None:
     return value
 
 
-def choose_path(op: str) -> Path:
-    """The path `op` takes: the forced one, or "torch". Raises RuntimeError when the forced one cannot run."""
+def choose_path(op: str, query: Tensor, *head_dims: int) -> Path:
+    """The path `op` takes: the forced one, else "triton" on a GPU and "torch" elsewhere.
+
+    Args:
+        op: name of the op, for messages.
+        query: a tensor of the call: its device and dtype decide.
+        head_dims: head dimensions of the call (query and value), which Triton kernels restrict.
+
+    Raises RuntimeError when the forced path cannot run. What a GPU's Triton path does not support runs on "torch", with
+    one warning for each reason.
+    """
     forced = forced_backend()
+    if forced in ("reference", "torch"):
+        return forced
+    if forced is None and query.device.type not in _TRITON_DEVICES:
+        return "torch"
+    obstacle = triton_obstacle(query, head_dims) if op in TRITON_OPS else "it has no Triton path in this version"
+    if obstacle is None:
+        return "triton"
     if forced == "triton":
         raise RuntimeError(
-            f"{_VARIABLE}=triton cannot run: {op} has no Triton path in this version. "
-            f"Unset {_VARIABLE}, or set it to 'torch' or 'reference'."
+            f"{_VARIABLE}=triton cannot run {op}: {obstacle}. Unset {_VARIABLE}, or set it to 'torch' or 'reference'."
         )
-    return "reference" if forced == "reference" else "torch"
+    _warn_once(f"{op} takes its torch path: {obstacle}")
+    return "torch"
+
+
+def triton_obstacle(query: Tensor, head_dims: Sequence[int] = ()) -> str | None:
+    """Why a Triton kernel cannot take this tensor, or None."""
+    if not _HAS_TRITON:
+        return "triton is not installed (pip install triton)"
+    device = query.device.type
+    if device not in (*_TRITON_DEVICES, "meta") and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device!r}, and Triton kernels need a GPU (or its interpreter, TRITON_INTERPRET=1)"
+    if query.dtype not in _TRITON_DTYPES:
+        return f"Triton kernels take float16, bfloat16 and float32, got {query.dtype}"
+    for head_dim in head_dims:
+        if head_dim % 8 or not 8 <= head_dim <= 256:
+            return f"Triton kernels take head dimensions that are {TRITON_HEAD_DIMS}, got {head_dim}"
+    return None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def may_go_dense() -> bool:

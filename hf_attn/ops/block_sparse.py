@@ -51,10 +51,10 @@ def block_sparse_attention(
     Raises:
         ValueError: shapes, dtypes or pattern that do not fit, naming the argument.
     """
-    path = choose_path("block_sparse_attention")
     # Under autocast rotary embeddings leave query and key in fp32 beside a bf16 value.
     query, key, value = autocast(query, key, value)
     check_qkv(query, key, value)
+    path = choose_path("block_sparse_attention", query, query.shape[3], value.shape[3])
     _check_pattern(pattern, query, key)
     if key_bias is not None:
         key_bias = _check_key_bias(key_bias, query, key)

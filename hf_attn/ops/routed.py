@@ -38,8 +38,8 @@ def select_routes(
         int32 `[B, Hq, Nq, min(top_k, ceil(Nk / block_size))]`, ascending block ids, -1 padded. Scores are fp32
         (fp64 for fp64 inputs); on equal scores the later block wins. Not differentiable, as in the paper.
     """
-    path = choose_path("select_routes")
     check_qkv(query, key, key)
+    path = choose_path("select_routes", query, query.shape[3])
     require_int("block_size", block_size, 1)
     require_int("top_k", top_k, 1)
     index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
@@ -85,10 +85,10 @@ def routed_block_attention(
     Raises:
         ValueError: shapes or options that do not fit, naming the argument.
     """
-    path = choose_path("routed_block_attention")
     # Under autocast rotary embeddings leave query and key in fp32 beside a bf16 value.
     query, key, value = autocast(query, key, value)
     check_qkv(query, key, value)
+    path = choose_path("routed_block_attention", query, query.shape[3], value.shape[3])
     require_int("block_size", block_size, 1)
     if routes.dim() != 4 or routes.shape[:3] != query.shape[:3] or routes.is_floating_point():
         raise ValueError(

@@ -95,7 +95,7 @@ def doctor(
     sparse = _check_layers(model, name, seen, report)
     if seen:
         _check_rows(model, name, input_ids[:, :16].to(model.device), report)
-    _describe_path(paths, report)
+    _describe_path(model, paths, report)
     _describe_limits(model, report)
     if sparse:
         lengths = [seq_len] if isinstance(seq_len, int) else seq_len
@@ -216,13 +216,14 @@ def _check_rows(model: PreTrainedModel, name: str, ids: Tensor, report: DoctorRe
         (report.problems if model.training else report.lines).append(packing)
 
 
-def _describe_path(paths: dict[str, int], report: DoctorReport) -> None:
+def _describe_path(model: PreTrainedModel, paths: dict[str, int], report: DoctorReport) -> None:
     from hf_attn.ops.backend import choose_path
 
     variable = os.environ.get("HF_ATTN_BACKEND")
     setting = f"HF_ATTN_BACKEND={variable}" if variable else "HF_ATTN_BACKEND unset"
     try:
-        report.lines.append(f"path of the ops: {choose_path('attention')} ({setting})")
+        path = choose_path("block_sparse_attention", next(model.parameters()))
+        report.lines.append(f"path of the ops: {path} ({setting})")
     except (RuntimeError, ValueError) as error:
         report.problems.append(str(error))
     if paths:
