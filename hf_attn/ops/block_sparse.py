@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hf_attn.call import TokenLayout
-from hf_attn.ops.backend import autocast, check_qkv, choose_path, resolve_tokens
+from hf_attn.ops.backend import Path, autocast, check_qkv, choose_path, resolve_tokens
 from hf_attn.pattern import BlockPattern
 
 
@@ -61,12 +62,20 @@ def block_sparse_attention(
     index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
 
-    from hf_attn.ops.hfattn_sparse.block_sparse import op
-
-    run = op.run_reference if path == "reference" else op.block_sparse_attention
+    run = _path(path)
     indices = pattern.indices.to(query.device)
     out, lse = run(query, key, value, indices, index, key_bias, pattern.block_q, pattern.block_k, causal, scale)
     return (out, lse) if return_lse else out
+
+
+def _path(path: Path) -> Callable[..., tuple[Tensor, Tensor]]:
+    if path == "triton":
+        from hf_attn.ops.hfattn_sparse.block_sparse.triton_op import block_sparse_attention_triton
+
+        return block_sparse_attention_triton
+    from hf_attn.ops.hfattn_sparse.block_sparse import op
+
+    return op.run_reference if path == "reference" else op.block_sparse_attention
 
 
 def _check_pattern(pattern: BlockPattern, query: Tensor, key: Tensor) -> None:
