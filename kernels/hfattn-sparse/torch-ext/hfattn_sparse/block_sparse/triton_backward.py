@@ -36,11 +36,10 @@ def _sum_keys(
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add ds k of tiles begin to end of the listed keys to acc [M, WIDTH]; MASKED and CAREFUL as in the forward."""
-    for tile in range(begin, end):
+    for tile in tl.range(begin, end, num_stages=1 if CAREFUL else None):
         key = listed_tokens(ids, tile, listed, block_k, k_length, BLOCK_N, EVEN)
         real = key < k_length
         place = places(k_rows, batch, k_len, k_first + key, real)
-        shift = tl.zeros([BLOCK_N], tl.float32)
         if bias is not None:
             shift, real = load_bias(bias, place, real)
         place = place.to(tl.int64)
@@ -52,7 +51,8 @@ def _sum_keys(
             visible = real[None, :]
             if CAUSAL:
                 visible = visible & (key[None, :] <= position[:, None])
-            scores = tl.where(visible, scores + shift[None, :], NEG_INF)
+            if bias is not None:
+                scores += shift[None, :]
             steps = tl.where(visible, tl.exp2(scores - level[:, None]) * steps, 0.0)
         else:
             steps = tl.exp2(scores - level[:, None]) * steps
@@ -174,14 +174,14 @@ def _reading_tiles(
 
 @triton.jit
 def _sum_queries(
-    dk, dv, db, keys, values, shift, shown, key, q, grad_out, lse, delta, ids, q_rows, batch, begin, end, listed,
+    dk, dv, db, keys, values, bias, shift, shown, key, q, grad_out, lse, delta, ids, q_rows, batch, begin, end, listed,
     q_first, q_length, offset, q_sn, q_sd, g_sn, g_sd, q_len, block_q, scale,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr,
     EVEN: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add tiles begin to end of the reading queries to dk [N, WIDTH], dv [N, WIDTH_V] and db [N]."""
-    for tile in range(begin, end):
+    for tile in tl.range(begin, end, num_stages=1 if CAREFUL else None):
         row = listed_tokens(ids, tile, listed, block_q, q_length, BLOCK_M, EVEN)
         real = row < q_length
         place = places(q_rows, batch, q_len, q_first + row, real).to(tl.int64)
@@ -192,11 +192,13 @@ def _sum_queries(
         difference = tl.load(delta + place, mask=real, other=0.0)
         scores = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * scale
         steps = tl.dot(values, tl.trans(grad), input_precision=PRECISION) - difference[None, :]
+        if bias is not None:
+            scores += shift[:, None]
         if MASKED:
             visible = shown[:, None]
             if CAUSAL:
                 visible = visible & (key[:, None] <= (row + offset)[None, :])
-            weights = tl.exp2(tl.where(visible, scores + shift[:, None], NEG_INF) - level[None, :])
+            weights = tl.where(visible, tl.exp2(scores - level[None, :]), 0.0)
             steps = tl.where(visible, weights * steps, 0.0)
         else:
             weights = tl.exp2(scores - level[None, :])
@@ -206,10 +208,11 @@ def _sum_queries(
             broken = tl.max((good == 0).to(tl.int32), 1) > 0
             grad = tl.where(good, grad, 0.0).to(grad.dtype)
             query = tl.where(finite(query), query, 0.0).to(query.dtype)
-            weights = tl.where(visible, tl.where(broken[None, :], float("nan"), weights), 0.0)
+            weights = tl.where(visible & broken[None, :], float("nan"), weights)
         dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dk = tl.dot(steps.to(query.dtype), query, dk, input_precision=PRECISION)
-        db += tl.sum(steps, 1)
+        if bias is not None:
+            db += tl.sum(steps, 1)
     return dk, dv, db
 
 
@@ -247,13 +250,13 @@ def _sum_group(
         stats = head.to(tl.int64) * q_len
         if CAUSAL or CAREFUL or bias is not None:
             dk, dv, db = _sum_queries(
-                dk, dv, db, keys, values, shift, shown, key, head_q, head_g, lse + stats, delta + stats, ids, q_rows,
+                dk, dv, db, keys, values, bias, shift, shown, key, head_q, head_g, lse + stats, delta + stats, ids, q_rows,
                 batch, begin, middle, listed, q_first, q_length, offset, q_sn, q_sd, g_sn, g_sd, q_len, block_q, scale,
                 D, DV, WIDTH, WIDTH_V, BLOCK_M, EVEN, CAUSAL, True, CAREFUL, PRECISION, UPCAST,
             )  # fmt: skip
         if bias is None and not CAREFUL:
             dk, dv, db = _sum_queries(
-                dk, dv, db, keys, values, shift, shown, key, head_q, head_g, lse + stats, delta + stats, ids, q_rows,
+                dk, dv, db, keys, values, bias, shift, shown, key, head_q, head_g, lse + stats, delta + stats, ids, q_rows,
                 batch, middle, end, listed, q_first, q_length, offset, q_sn, q_sd, g_sn, g_sd, q_len, block_q, scale,
                 D, DV, WIDTH, WIDTH_V, BLOCK_M, EVEN, CAUSAL, False, False, PRECISION, UPCAST,
             )  # fmt: skip
@@ -271,12 +274,15 @@ def keys_kernel(
     programs, subs, scale,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, EVEN: tl.constexpr, CAUSAL: tl.constexpr, PER_SEQUENCE: tl.constexpr,
-    BIAS_PER_HEAD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BIAS_PER_HEAD: tl.constexpr, REPAIR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk, dv, dbias. Grid (programs * subs, kv_heads, B).
 
     entries, starts: `triton_lists.readers`. dk, dv [B, kv_heads, k_len, .] and dbias [B, kv_heads, k_len] (with
     BIAS_PER_HEAD [B, kv_heads * group, k_len]) are contiguous. tiles: of keys. The rest as in the forward.
+
+    0 * NaN: a query that does not see some keys may spoil their sums. It is rare and avoiding it takes registers, so a
+    second launch with REPAIR finds such tiles and computes them again.
     """
     kv_head = tl.program_id(1)
     batch = tl.program_id(2)
@@ -315,27 +321,22 @@ def keys_kernel(
         own_entries = entries + list_row * entry_len
         own_starts = starts + list_row * (k_blocks + 1)
         offset = k_length - q_length
-        grad_k, grad_v, grad_b = _sum_group(
-            keys, values, key, real, low, high, place, q, grad_out, lse, delta, bias, dbias, own_entries,
-            own_starts, q_rows, batch, kv_head, block, q_first, q_length, offset, q_sh, q_sn, q_sd, g_sh, g_sn, g_sd,
-            bias_sh, q_len, k_len, group, block_q, entry_len, k_blocks, list_share, bias_share, scale, D, DV, WIDTH,
-            WIDTH_V, BLOCK_M, BLOCK_N, EVEN, CAUSAL, BIAS_PER_HEAD, False, PRECISION, UPCAST,
-        )  # fmt: skip
-        if CAUSAL or bias is not None:
-            # 0 * NaN: a query that does not see these keys may have spoilt them. Rare, so found out afterwards.
-            spoilt = tl.max(tl.max((finite(grad_k) == 0).to(tl.int32), 1), 0)
-            spoilt += tl.max(tl.max((finite(grad_v) == 0).to(tl.int32), 1), 0)
-            if spoilt > 0:
-                grad_k, grad_v, grad_b = _sum_group(
-                    keys, values, key, real, low, high, place, q, grad_out, lse, delta, bias, dbias,
-                    own_entries, own_starts, q_rows, batch, kv_head, block, q_first, q_length, offset, q_sh, q_sn, q_sd,
-                    g_sh, g_sn, g_sd, bias_sh, q_len, k_len, group, block_q, entry_len, k_blocks, list_share,
-                    bias_share, scale, D, DV, WIDTH, WIDTH_V, BLOCK_M, BLOCK_N, EVEN, CAUSAL, BIAS_PER_HEAD, True,
-                    PRECISION, UPCAST,
-                )  # fmt: skip
         at = (wide * kv_heads + kv_head) * k_len + place
-        store_rows(dk, at * D, grad_k * (scale * LN2), real, D, WIDTH)
-        store_rows(dv, at * DV, grad_v, real, DV, WIDTH_V)
-        if bias is not None:
-            if not BIAS_PER_HEAD:
-                tl.store(dbias + kv_head.to(tl.int64) * k_len + place, grad_b, mask=real)
+        wanted = True
+        if REPAIR:
+            found_k = load_rows(dk, at * D, 1, real, D, WIDTH, True, False)
+            found_v = load_rows(dv, at * DV, 1, real, DV, WIDTH_V, True, False)
+            spoilt = tl.max(tl.max((finite(found_k) == 0).to(tl.int32), 1), 0)
+            wanted = spoilt + tl.max(tl.max((finite(found_v) == 0).to(tl.int32), 1), 0) > 0
+        if wanted:
+            grad_k, grad_v, grad_b = _sum_group(
+                keys, values, key, real, low, high, place, q, grad_out, lse, delta, bias, dbias, own_entries,
+                own_starts, q_rows, batch, kv_head, block, q_first, q_length, offset, q_sh, q_sn, q_sd, g_sh, g_sn,
+                g_sd, bias_sh, q_len, k_len, group, block_q, entry_len, k_blocks, list_share, bias_share, scale, D, DV,
+                WIDTH, WIDTH_V, BLOCK_M, BLOCK_N, EVEN, CAUSAL, BIAS_PER_HEAD, REPAIR, PRECISION, UPCAST,
+            )  # fmt: skip
+            store_rows(dk, at * D, grad_k * (scale * LN2), real, D, WIDTH)
+            store_rows(dv, at * DV, grad_v, real, DV, WIDTH_V)
+            if bias is not None:
+                if not BIAS_PER_HEAD:
+                    tl.store(dbias + kv_head.to(tl.int64) * k_len + place, grad_b, mask=real)

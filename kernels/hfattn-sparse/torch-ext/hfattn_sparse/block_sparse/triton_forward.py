@@ -37,11 +37,10 @@ def _attend(
     Without MASKED every query sees every key of these tiles. CAREFUL keeps values that are not finite from rows that do
     not see them; rows that do become NaN.
     """
-    for tile in range(begin, end):
+    for tile in tl.range(begin, end, num_stages=1 if CAREFUL else None):
         key = listed_tokens(ids, tile, listed, block_k, k_length, BLOCK_N, EVEN)
         real = key < k_length
         place = places(k_rows, batch, k_len, k_first + key, real)
-        shift = tl.zeros([BLOCK_N], tl.float32)
         if bias is not None:
             shift, real = load_bias(bias, place, real)
         place = place.to(tl.int64)
@@ -51,7 +50,10 @@ def _attend(
             visible = real[None, :]
             if CAUSAL:
                 visible = visible & (key[None, :] <= position[:, None])
-            scores = tl.where(visible, scores * scale + shift[None, :], NEG_INF)
+            scores *= scale
+            if bias is not None:
+                scores += shift[None, :]
+            scores = tl.where(visible, scores, NEG_INF)
             new_top = tl.maximum(top, tl.max(scores, 1))
             base = tl.where(new_top == NEG_INF, 0.0, new_top)
             weights = tl.exp2(scores - base[:, None])

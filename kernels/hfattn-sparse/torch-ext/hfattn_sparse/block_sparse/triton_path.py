@@ -181,10 +181,6 @@ def _launch_keys(call: _Call, lse, delta, grad_out, dk, dv) -> Tensor | None:
     """Writes dk and dv; returns the gradient of the bias."""
     query, key, value = call.query, call.key, call.value
     batch, kv_heads, k_len = key.shape[:3]
-    tile = call.config("block_sparse_backward_keys")
-    tile["BLOCK_N"] = min(tile["BLOCK_N"], max(16, triton.next_power_of_2(call.block_k)))
-    tile["BLOCK_M"], tile["EVEN"] = _step(tile["BLOCK_M"], call.block_q)
-    programs, subs = -(-k_len // call.block_k), -(-call.block_k // tile["BLOCK_N"])
     # The bias of a group is summed in the kernel unless each of its heads has its own.
     per_head = call.key_bias is not None and call.bias_share == 1
     dbias = None
@@ -193,14 +189,21 @@ def _launch_keys(call: _Call, lse, delta, grad_out, dk, dv) -> Tensor | None:
         dbias = torch.zeros(batch, heads, k_len, dtype=torch.float32, device=key.device)
     k_blocks = -(-k_len // call.block_k)
     entries, starts = readers(call.lists, k_blocks)
-    launch(
-        keys_kernel, (programs * subs, kv_heads, batch),
-        query, key, value, entries, starts, call.key_bias, lse, delta, grad_out, dk, dv, dbias,
-        *call.tables(call.key_tiles()), *query.stride(), *key.stride(), *value.stride(), *grad_out.stride(),
-        *call.bias_strides(), query.shape[2], k_len, kv_heads, call.group, call.block_q, call.block_k, k_blocks,
-        entries.shape[0], entries.shape[1], entries.shape[2], call.list_share, call.bias_share, programs, subs,
-        call.scale * LOG2E.value, BIAS_PER_HEAD=per_head, **tile, **call.meta(),
-    )  # fmt: skip
+    tables = call.tables(call.key_tiles())
+    # A hidden query can only spoil the sums of keys that some query of a tile does not see.
+    for repair in (False, True) if call.causal or call.key_bias is not None else (False,):
+        tile = call.config("block_sparse_repair" if repair else "block_sparse_backward_keys")
+        tile["BLOCK_N"] = min(tile["BLOCK_N"], max(16, triton.next_power_of_2(call.block_k)))
+        tile["BLOCK_M"], tile["EVEN"] = _step(tile["BLOCK_M"], call.block_q)
+        subs = -(-call.block_k // tile["BLOCK_N"])
+        launch(
+            keys_kernel, (k_blocks * subs, kv_heads, batch),
+            query, key, value, entries, starts, call.key_bias, lse, delta, grad_out, dk, dv, dbias,
+            *tables, *query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *call.bias_strides(),
+            query.shape[2], k_len, kv_heads, call.group, call.block_q, call.block_k, k_blocks, *entries.shape,
+            call.list_share, call.bias_share, k_blocks, subs, call.scale * LOG2E.value, BIAS_PER_HEAD=per_head,
+            REPAIR=repair, **tile, **call.meta(),
+        )  # fmt: skip
     if dbias is None:
         return None
     rows, heads = call.key_bias.shape[:2]
