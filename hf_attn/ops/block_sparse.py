@@ -50,7 +50,9 @@ def block_sparse_attention(
         zero gradients. Differentiable in query, key, value, key_bias, and through lse.
 
     Raises:
-        ValueError: shapes, dtypes or pattern that do not fit, naming the argument.
+        ValueError: shapes, dtypes or pattern that do not fit, naming the argument. Block ids that do not exist raise on
+            the torch path; the Triton path never waits for the device and ignores them, unless the environment variable
+            HF_ATTN_CHECK=1 asks it to look (for debugging: also at whether queries are the last tokens of their rows).
     """
     # Under autocast rotary embeddings leave query and key in fp32 beside a bf16 value.
     query, key, value = autocast(query, key, value)

@@ -97,7 +97,9 @@ def draw(s: Setting) -> dict[str, Tensor | None]:
 
     def normal(heads: int, length: int, dim: int) -> Tensor:
         if s.strided:  # tokens before heads, cut out of a longer buffer
-            return torch.randn(s.batch, length + 3, heads, dim, generator=g).to(DTYPES[s.dtype])[:, 2:-1].transpose(1, 2)
+            return (
+                torch.randn(s.batch, length + 3, heads, dim, generator=g).to(DTYPES[s.dtype])[:, 2:-1].transpose(1, 2)
+            )
         return torch.randn(s.batch, heads, length, dim, generator=g).to(DTYPES[s.dtype])
 
     rows, columns = -(-s.q_len // s.block_q), -(-s.k_len // s.block_k)
@@ -152,6 +154,19 @@ def evaluate(attention, s: Setting, x: dict[str, Tensor | None], dtype: torch.dt
     return {"out": out.detach(), "lse": lse.detach()} | dict(zip(("dq", "dk", "dv", "dbias"), grads, strict=False))
 
 
+def rounding_of_delta(s: Setting, x: dict[str, Tensor | None], got: Tensor) -> float:
+    """How much the error of `got`, an `out` in half precision, changes dbias, which is fp32, through sum(do * out).
+
+    An error e of that sum becomes p e in dbias, and p is the derivative of lse.
+    """
+    query, key, value = (x[name].double() for name in ("query", "key", "value"))
+    bias = x["bias"].double().detach().requires_grad_()
+    options = (s.block_q, s.block_k, s.causal, s.scale)
+    out, lse = op.run_reference(query, key, value, x["indices"], x["index"], bias, *options)
+    error = ((got.double() - out.detach()) * x["grad_out"]).sum(-1).abs()
+    return float(torch.autograd.grad((torch.where(lse.isfinite(), lse, 0) * error).sum(), bias)[0].abs().max())
+
+
 def assert_matches(s: Setting, x: dict[str, Tensor | None] | None = None) -> dict[str, Tensor]:
     x = draw(s) if x is None else x
     got = evaluate(block_sparse_attention_triton, s, x, DTYPES[s.dtype])
@@ -160,7 +175,8 @@ def assert_matches(s: Setting, x: dict[str, Tensor | None] | None = None) -> dic
     for name, exact in oracle.items():
         # lse leaves the kernel in fp32, from scores of the inputs as they are; gradients recompute p from it.
         slack = 2.0 if name == "out" else 4.0
-        assert_as_good_as_eager(got[name], eager[name], exact, slack=slack, floor=1e-6, what=name)
+        floor = 1e-6 + (rounding_of_delta(s, x, got["out"]) if name == "dbias" else 0.0)
+        assert_as_good_as_eager(got[name], eager[name], exact, slack=slack, floor=floor, what=name)
     return got
 
 
@@ -225,8 +241,7 @@ def test_few_queries_split_their_lists(s, monkeypatch):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("layout", ["full", "static"])
-def test_packed_decode_splits_too(layout):
+def test_packed_decode():
     """Sequences of one query each share a row."""
     lengths = torch.tensor([70, 3, 41])
     cu_q, cu_k = torch.arange(4), torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
@@ -249,7 +264,6 @@ def test_hidden_keys_do_not_leak(poison, steps):
     tile = {"BLOCK_M": steps[0], "BLOCK_N": steps[1], "num_warps": 4, "num_stages": 1}
     names = ("forward", "decode", "backward_queries", "backward_keys", "repair")
     with forced_config(**{f"block_sparse_{name}": tile for name in names}):
-        clean = evaluate(block_sparse_attention_triton, s, x, torch.float32)
         for bias in (x["bias"], None):
             dirty = {name: t.clone() if isinstance(t, Tensor) else t for name, t in x.items()} | {"bias": bias}
             clean = evaluate(block_sparse_attention_triton, s, x | {"bias": bias}, torch.float32)
@@ -317,7 +331,7 @@ def test_empty(q_len, k_len, batch):
     x = draw(replace(s, q_len=5, k_len=5, batch=1))
     for name, length in (("query", q_len), ("key", k_len), ("value", k_len), ("grad_out", q_len)):
         x[name] = x[name][:batch, :, :length]
-    x["indices"] = x["indices"][:, :, :1 if q_len else 0]
+    x["indices"] = x["indices"][:, :, : 1 if q_len else 0]
     x["grad_lse"] = x["grad_lse"][:batch, :, :q_len]
     got = evaluate(block_sparse_attention_triton, s, x, torch.float32)
     assert all(t.eq(0).all() for name, t in got.items() if name != "lse") and got["lse"].eq(NEG_INF).all()
@@ -357,7 +371,9 @@ def test_offsets_beyond_32_bits():
     far.copy_(near)
     x = draw(Setting(q_len=33, k_len=33, dtype="fp16"))
     options = (x["indices"], None, None, 16, 16, True, 0.3)
-    for got, expected in zip(triton_path.forward(far, far, far, *options), triton_path.forward(*[near] * 3, *options), strict=True):
+    for got, expected in zip(
+        triton_path.forward(far, far, far, *options), triton_path.forward(*[near] * 3, *options), strict=True
+    ):
         assert torch.equal(got, expected)
 
 

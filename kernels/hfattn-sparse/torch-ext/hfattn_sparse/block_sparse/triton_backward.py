@@ -145,9 +145,7 @@ def queries_kernel(
 
 
 @triton.jit
-def _reading_tiles(
-    ids, length, low, high, q_length, offset, block_q, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr
-):
+def _reading_tiles(ids, length, low, high, q_length, offset, block_q, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
     """How the rows of the query blocks at `ids` fall into tiles of BLOCK_M, for keys at positions low to high.
 
     Returns the first tile with a row that sees a key, the first from which on all rows see all keys, the end, and the
@@ -236,9 +234,7 @@ def _sum_group(
         start = tl.load(starts + listing * (k_blocks + 1) + block)
         length = tl.load(starts + listing * (k_blocks + 1) + block + 1) - start
         ids = entries + listing * entry_len + start
-        begin, middle, end, listed = _reading_tiles(
-            ids, length, low, high, q_length, offset, block_q, BLOCK_M, CAUSAL
-        )
+        begin, middle, end, listed = _reading_tiles(ids, length, low, high, q_length, offset, block_q, BLOCK_M, CAUSAL)
         shift, shown = tl.zeros([BLOCK_N], tl.float32), real
         if bias is not None:
             shift, shown = load_bias(bias + (head // bias_share).to(tl.int64) * bias_sh, place, real)
@@ -250,15 +246,15 @@ def _sum_group(
         stats = head.to(tl.int64) * q_len
         if CAUSAL or CAREFUL or bias is not None:
             dk, dv, db = _sum_queries(
-                dk, dv, db, keys, values, bias, shift, shown, key, head_q, head_g, lse + stats, delta + stats, ids, q_rows,
-                batch, begin, middle, listed, q_first, q_length, offset, q_sn, q_sd, g_sn, g_sd, q_len, block_q, scale,
-                D, DV, WIDTH, WIDTH_V, BLOCK_M, EVEN, CAUSAL, True, CAREFUL, PRECISION, UPCAST,
+                dk, dv, db, keys, values, bias, shift, shown, key, head_q, head_g, lse + stats, delta + stats, ids,
+                q_rows, batch, begin, middle, listed, q_first, q_length, offset, q_sn, q_sd, g_sn, g_sd, q_len, block_q,
+                scale, D, DV, WIDTH, WIDTH_V, BLOCK_M, EVEN, CAUSAL, True, CAREFUL, PRECISION, UPCAST,
             )  # fmt: skip
         if bias is None and not CAREFUL:
             dk, dv, db = _sum_queries(
-                dk, dv, db, keys, values, bias, shift, shown, key, head_q, head_g, lse + stats, delta + stats, ids, q_rows,
-                batch, middle, end, listed, q_first, q_length, offset, q_sn, q_sd, g_sn, g_sd, q_len, block_q, scale,
-                D, DV, WIDTH, WIDTH_V, BLOCK_M, EVEN, CAUSAL, False, False, PRECISION, UPCAST,
+                dk, dv, db, keys, values, bias, shift, shown, key, head_q, head_g, lse + stats, delta + stats, ids,
+                q_rows, batch, middle, end, listed, q_first, q_length, offset, q_sn, q_sd, g_sn, g_sd, q_len, block_q,
+                scale, D, DV, WIDTH, WIDTH_V, BLOCK_M, EVEN, CAUSAL, False, False, PRECISION, UPCAST,
             )  # fmt: skip
         if BIAS_PER_HEAD:
             tl.store(dbias + head.to(tl.int64) * k_len + place, db, mask=real)

@@ -41,7 +41,8 @@ def unique_lists(indices: Tensor, num_blocks: int) -> Tensor:
         out = torch.empty(indices.shape, dtype=torch.int32, device=indices.device)
         rows = indices.numel() // max(length, 1)
         width = max(16, triton.next_power_of_2(length))
-        launch(unique_kernel, (rows,), indices, out, rows, length, num_blocks, WIDTH=width, num_warps=max(1, width // 32))
+        options = {"num_warps": max(1, width // 32), "num_stages": 1}
+        launch(unique_kernel, (rows,), indices, out, rows, length, num_blocks, WIDTH=width, **options)
         return out
     valid = (indices >= 0) & (indices < num_blocks)
     ordered = torch.where(valid, indices, UNUSED.value).to(torch.int32).sort(-1).values

@@ -1,4 +1,4 @@
-"""Block-sparse attention by Triton kernels as a custom op; same arguments and results as `op.block_sparse_attention`."""
+"""Block-sparse attention by Triton kernels as a custom op, with the arguments and results of `op`."""
 
 from __future__ import annotations
 

@@ -24,6 +24,8 @@ from .triton_lists import readers, unique_lists
 _FEW_ROWS = 64
 _ENOUGH_PROGRAMS = 256
 _MOST_SPLITS = 128
+# Kernels that walk queries for each tile of keys; the others walk keys for each tile of queries.
+_KEY_MAJOR = ("block_sparse_backward_keys", "block_sparse_repair")
 
 
 class _Call(NamedTuple):
@@ -56,8 +58,15 @@ class _Call(NamedTuple):
         return 1 if self.key_bias is None else self.query.shape[1] // self.key_bias.shape[1]
 
     def config(self, kernel: str) -> dict[str, int]:
+        """Tile sizes and options of a kernel; EVEN: whether the tokens of a step are consecutive."""
         width = max(_width(self.query), _width(self.value))
-        return config(kernel, dtype=self.query.dtype, head_dim=width, device=self.query.device)
+        tile = config(kernel, dtype=self.query.dtype, head_dim=width, device=self.query.device)
+        step, block = ("BLOCK_M", self.block_q) if kernel in _KEY_MAJOR else ("BLOCK_N", self.block_k)
+        # Looking tokens up one by one, or a bias, takes registers: narrower tiles keep the kernel from spilling.
+        if self.sequences is not None or self.key_bias is not None or not _step(tile[step], block)[1]:
+            tile["BLOCK_N"] = min(tile["BLOCK_N"], 64)
+        tile[step], tile["EVEN"] = _step(tile[step], block)
+        return tile
 
     def meta(self) -> dict[str, Any]:
         """Constexprs of every kernel."""
@@ -194,7 +203,6 @@ def _launch_keys(call: _Call, lse, delta, grad_out, dk, dv) -> Tensor | None:
     for repair in (False, True) if call.causal or call.key_bias is not None else (False,):
         tile = call.config("block_sparse_repair" if repair else "block_sparse_backward_keys")
         tile["BLOCK_N"] = min(tile["BLOCK_N"], max(16, triton.next_power_of_2(call.block_k)))
-        tile["BLOCK_M"], tile["EVEN"] = _step(tile["BLOCK_M"], call.block_q)
         subs = -(-call.block_k // tile["BLOCK_N"])
         launch(
             keys_kernel, (k_blocks * subs, kv_heads, batch),
@@ -219,9 +227,7 @@ def _merge(call: _Call, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Ten
     tile = config("block_sparse_merge", dtype=call.query.dtype, head_dim=_width(call.value), device=part_out.device)
     rows = batch * heads * q_len
     grid = (-(-rows // tile["BLOCK_M"]),)
-    launch(
-        merge_kernel, grid, part_out, part_lse, out, lse, rows, splits, DV=dim, WIDTH_V=_width(call.value), **tile
-    )
+    launch(merge_kernel, grid, part_out, part_lse, out, lse, rows, splits, DV=dim, WIDTH_V=_width(call.value), **tile)
     return out, lse
 
 
@@ -249,7 +255,7 @@ def _prepare(query, key, value, indices, index, key_bias, block_q: int, block_k:
 
 
 def _query_tile(call: _Call, kernel: str) -> tuple[dict[str, int], str]:
-    """Tile sizes of a query-major kernel, whether its key tiles are EVEN, and heads in a tile; and the row's name."""
+    """Configuration of a query-major kernel with FOLD, the heads in a tile; and the name it has in the table."""
     tile, name = call.config(kernel), kernel
     # Heads with the same keys, list and bias share a tile where one head would not fill it.
     together = min(call.list_share, call.bias_share if call.key_bias is not None else call.group) >= call.group
@@ -261,12 +267,11 @@ def _query_tile(call: _Call, kernel: str) -> tuple[dict[str, int], str]:
     tile["BLOCK_M"] = min(tile["BLOCK_M"], rows)
     if tile["BLOCK_M"] < 64:
         tile["num_warps"] = min(tile["num_warps"], 4)
-    tile["BLOCK_N"], even = _step(tile["BLOCK_N"], call.block_k)
-    return {**tile, "FOLD": fold, "EVEN": even}, name
+    return {**tile, "FOLD": fold}, name
 
 
 def _step(wanted: int, block: int) -> tuple[int, bool]:
-    """Tokens a step along a list of blocks, and whether a step never leaves its block (else single tokens are listed)."""
+    """Tokens a step along a list of blocks, and whether each lies in one block (else tokens are looked up)."""
     aligned = min(wanted, block & -block)
     return (aligned, True) if aligned >= min(wanted, 32) else (wanted, False)
 
