@@ -44,6 +44,11 @@ def _attend(
         if bias is not None:
             shift, real = load_bias(bias, place, real)
         place = place.to(tl.int64)
+        usable = real
+        if CAREFUL:
+            usable &= (
+                tl.min(finite(load_rows(v, place * v_sn, v_sd, real, DV, WIDTH_V, True, UPCAST)).to(tl.int32), 1) > 0
+            )
         keys = load_rows(k, place * k_sn, k_sd, real, D, WIDTH, MASKED, UPCAST)
         scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
         if MASKED:
@@ -68,12 +73,9 @@ def _attend(
         decay = tl.exp2(top - base)
         top = new_top
         total = total * decay + tl.sum(weights, 1)
-        values = load_rows(v, place * v_sn, v_sd, real, DV, WIDTH_V, MASKED, UPCAST)
+        values = load_rows(v, place * v_sn, v_sd, usable, DV, WIDTH_V, MASKED, UPCAST)
         if CAREFUL:
-            good = finite(values)
-            broken = tl.max((good == 0).to(tl.int32), 1) > 0
-            values = tl.where(good, values, 0.0).to(values.dtype)
-            weights = tl.where(broken[None, :] & visible, float("nan"), weights)
+            weights = tl.where((real & (usable == 0))[None, :] & visible, float("nan"), weights)
         acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
     return acc, total, top
 
