@@ -65,6 +65,8 @@ class _Call(NamedTuple):
         # Looking tokens up one by one, or a bias, takes registers: narrower tiles keep the kernel from spilling.
         if self.sequences is not None or self.key_bias is not None or not _step(tile[step], block)[1]:
             tile["BLOCK_N"] = min(tile["BLOCK_N"], 64)
+        if self.sequences is not None and kernel in _KEY_MAJOR and width > 64:
+            tile["BLOCK_M"] = min(tile["BLOCK_M"], 16)
         tile[step], tile["EVEN"] = _step(tile[step], block)
         return tile
 
