@@ -188,12 +188,11 @@ def merge_kernel(
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
                 scores = tl.where(seen, scores, float("-inf"))
                 weights, factor, top, total = _soften(scores, top, total)
-                clean = finite(v)
-                acc = tl.dot(weights.to(v.dtype), clean, acc * factor[:, None], input_precision=PRECISION)
-                broken = (v - v) != 0.0
-                if tl.max(tl.max(broken.to(tl.int32), 1), 0) > 0:  # only rows that see such a value may suffer
-                    hit = tl.dot(seen.to(v.dtype), broken.to(v.dtype), input_precision=PRECISION)
-                    acc = tl.where(hit > 0.0, float("nan"), acc)
+                acc = tl.dot(weights.to(v.dtype), finite(v), acc * factor[:, None], input_precision=PRECISION)
+                # Only rows that see a value which is not finite may suffer from it.
+                broken = tl.max(((v - v) != 0.0).to(tl.int32), 1)
+                hit = tl.max(tl.where(seen, broken[None, :], 0), 1) > 0
+                acc = tl.where(hit[:, None], float("nan"), acc)
         for column in range(0, width):
             pair = rows * width + column
             block = tl.load(listed + head.to(tl.int64) * q_len * width + pair, mask=live, other=-1)

@@ -174,9 +174,9 @@ class _Call:
         count = max(1, min(total, room // max(1, per_head)))
         return [(first, min(count, total - first)) for first in range(0, total, count)]
 
-    def splits(self, programs: int) -> int:
-        """Programs that share the rows of one block, also where most rows choose the same."""
-        return max(1, min(MAX_SPLITS, -(-BUSY // max(1, programs))))
+    def splits(self, programs: int, rows: int) -> int:
+        """Programs that share a block's tiles of `rows` queries: enough to fill the device, and for popular blocks."""
+        return max(1, min(MAX_SPLITS, -(-BUSY // max(1, programs)), -(-self.q_len // rows)))
 
 
 def forward(
@@ -214,12 +214,13 @@ def forward(
 
 
 def _block_results(call: _Call, pairs: _Pairs, inputs: tuple[Tensor, ...], first: int, count: int, scale: float):
-    blocks = call.layout.blocks
+    blocks, tile = call.layout.blocks, call.config("routed_partial")
+    programs = blocks.programs * count
     launch(
-        triton_forward.partial_kernel, (blocks.programs * count, call.splits(blocks.programs * count)),
+        triton_forward.partial_kernel, (programs, call.splits(programs, tile["BLOCK_M"])),
         *inputs, pairs.pairs, pairs.ends, blocks.table, blocks.count, call.layout.k_rows, *call.strides, first, count,
         call.heads, call.group, call.q_len, call.k_len, pairs.width, blocks.limit, pairs.chunks, blocks.programs, scale,
-        **call.meta, **call.product, **call.config("routed_partial"),
+        **call.meta, **call.product, **tile,
     )  # fmt: skip
 
 
@@ -278,7 +279,7 @@ def _grad_key_value(
     tile = call.config("routed_grad_kv")
     blocks, kv_total = call.layout.blocks, call.batch * call.kv_heads
     inside = -(-call.block_size // tile["BLOCK_N"])
-    splits = call.splits(blocks.programs * kv_total * inside)
+    splits = call.splits(blocks.programs * kv_total * inside, tile["BLOCK_M"])
     shares = grads
     if splits > 1:
         blank = torch.zeros if call.layout.has_index else torch.empty
@@ -309,12 +310,13 @@ def _grad_query(
         shares = grad.new_empty((chunks[0][1], call.q_len * pairs.width, call.dim), dtype=torch.float32)
     for first, count in chunks:
         if sums is None:
+            pair_tile, programs = call.config("routed_grad_pair"), blocks.programs * count
             launch(
-                triton_backward.grad_pair_kernel, (blocks.programs * count, call.splits(blocks.programs * count)),
+                triton_backward.grad_pair_kernel, (programs, call.splits(programs, pair_tile["BLOCK_M"])),
                 *inputs, shares, pairs.pairs, pairs.ends, blocks.table, blocks.count, call.layout.k_rows, *strides,
                 first, count, call.heads, call.group, call.q_len, call.k_len, pairs.width, blocks.limit, pairs.chunks,
                 blocks.programs, scale / math.log(2),
-                **call.meta, **call.product, **call.config("routed_grad_pair"),
+                **call.meta, **call.product, **pair_tile,
             )  # fmt: skip
         launch(
             triton_backward.grad_query_kernel, (tiles.programs, count),
