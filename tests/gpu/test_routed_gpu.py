@@ -24,7 +24,9 @@ def draw(n: int, dim: int = 128, heads: int = 8, kv_heads: int = 2, dtype=torch.
 def assert_close(got: torch.Tensor, right: torch.Tensor, what: str) -> None:
     scale = max(1.0, float(right.abs().max()) / 4)  # gradients of popular keys are sums over many rows
     error = (got.float() - right).abs() / scale
-    assert error.max() <= MAX_ERROR and error.mean() <= MEAN_ERROR, f"{what}: {error.max():.1e}, mean {error.mean():.1e}"
+    assert error.max() <= MAX_ERROR and error.mean() <= MEAN_ERROR, (
+        f"{what}: {error.max():.1e}, mean {error.mean():.1e}"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -130,7 +130,9 @@ def grad_kv_kernel(
         store_tile(grad_value, target + key_rows, real, dv, VALUE_DIM, VALUE_DIM, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["first_head", "chunk_heads", "q_len", "k_len", "width", "num_blocks", "chunks", "programs"])
+@triton.jit(
+    do_not_specialize=["first_head", "chunk_heads", "q_len", "k_len", "width", "num_blocks", "chunks", "programs"]
+)
 def grad_pair_kernel(
     query, key, value, grad_out, lse, delta, partial, pairs, ends, table, count, k_rows,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,

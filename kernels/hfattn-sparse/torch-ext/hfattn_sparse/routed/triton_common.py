@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 
-
 def next_power_of_2(number: int) -> int:
     """Smallest power of two that is not below `number` >= 1."""
     return 1 << (number - 1).bit_length()

@@ -23,7 +23,9 @@ def _soften(scores, top, total):
     return weights, factor, new_top, total * factor + tl.sum(weights, 1)
 
 
-@triton.jit(do_not_specialize=["first_head", "chunk_heads", "q_len", "k_len", "width", "num_blocks", "chunks", "programs"])
+@triton.jit(
+    do_not_specialize=["first_head", "chunk_heads", "q_len", "k_len", "width", "num_blocks", "chunks", "programs"]
+)
 def partial_kernel(
     query, key, value, partial, partial_lse, pairs, ends, table, count, k_rows,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,

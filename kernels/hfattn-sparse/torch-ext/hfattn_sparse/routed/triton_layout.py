@@ -45,7 +45,9 @@ def list_kernel(
         own = tl.where(position >= 0, position // BLOCK_SIZE, -1)
         kept = kept & (block <= own)
         if not LIST_OWN:
-            tl.store(has_own + head.to(tl.int64) * q_len + row, tl.full([BLOCK], 1, tl.int8), mask=kept & (block == own))
+            tl.store(
+                has_own + head.to(tl.int64) * q_len + row, tl.full([BLOCK], 1, tl.int8), mask=kept & (block == own)
+            )
             kept = kept & (block < own)
     number = tl.where(kept, base + block, -1)
     tl.store(listed + head.to(tl.int64) * q_len * width + pair, number, mask=inside)

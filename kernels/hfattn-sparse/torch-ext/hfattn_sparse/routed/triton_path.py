@@ -215,6 +215,8 @@ def forward(
 
 def _block_results(call: _Call, pairs: _Pairs, inputs: tuple[Tensor, ...], first: int, count: int, scale: float):
     blocks, tile = call.layout.blocks, call.config("routed_partial")
+    if call.block_size > tile["BLOCK_N"]:  # a loop over keys inside the loop over rows needs more registers
+        tile = call.config("routed_partial_long")
     programs = blocks.programs * count
     launch(
         triton_forward.partial_kernel, (programs, call.splits(programs, tile["BLOCK_M"])),
@@ -334,4 +336,6 @@ def _padded(dim: int) -> int:
 
 def _fitting(tile: dict[str, int], block_size: int) -> dict[str, int]:
     """The configuration with key tiles no longer than a block."""
-    return {**tile, "BLOCK_N": min(tile["BLOCK_N"], max(16, next_power_of_2(block_size)))} if "BLOCK_N" in tile else tile
+    return (
+        {**tile, "BLOCK_N": min(tile["BLOCK_N"], max(16, next_power_of_2(block_size)))} if "BLOCK_N" in tile else tile
+    )

@@ -123,12 +123,12 @@ def top_blocks_kernel(
         for start in range(0, highest, BLOCK_N):
             numbers = highest - 1 - start - columns  # from the last block to the first
             inside = numbers >= 0
-            scores = _tile_scores(
-                q, center, numbers, inside, num_blocks, HEAD_DIM, BLOCK_D, PARTS, PART_SCALE, UPCAST
-            )
+            scores = _tile_scores(q, center, numbers, inside, num_blocks, HEAD_DIM, BLOCK_D, PARTS, PART_SCALE, UPCAST)
             allowed = inside[None, :] & (numbers[None, :] < candidates[:, None])
             if BOUNDED:
-                allowed = allowed & (_sort_key(scores, tl.broadcast_to(numbers[None, :], scores.shape)) < bound[:, None])
+                allowed = allowed & (
+                    _sort_key(scores, tl.broadcast_to(numbers[None, :], scores.shape)) < bound[:, None]
+                )
             scores = tl.where(allowed, scores, float("-inf"))
             top, where = tl.max(scores, 1, return_indices=True)
             challenger = _sort_key(top, highest - 1 - start - where)

@@ -48,7 +48,14 @@ class Layout:
         self.q_rows, self.k_rows = found.q_rows, found.k_rows
         limit = min(k_len, count + q_len)
         tiles = Tiles(*(t if t.dim() == 1 else t[:, :limit] for t in found.key_tiles(block_size)))
-        columns = (tiles.first, tiles.length, tiles.block_id * block_size, tiles.q_first, tiles.q_length, tiles.k_length)
+        columns = (
+            tiles.first,
+            tiles.length,
+            tiles.block_id * block_size,
+            tiles.q_first,
+            tiles.q_length,
+            tiles.k_length,
+        )
         programs = min(limit, count + SPARE_PROGRAMS)
         self.blocks = Grid(limit, programs, tiles.count, torch.stack(columns, -1))
         self._bases = _first_blocks(tiles, found)
