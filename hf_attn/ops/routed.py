@@ -144,8 +144,8 @@ def _check_routes(routes: Tensor, index: Tensor | None, k_len: int, block_size: 
         row, head, query, column = wrong.nonzero()[0].tolist()
         count = int(blocks[row % blocks.shape[0], query])
         raise ValueError(
-            f"routes[{row}, {head}, {query}, {column}] is {int(routes[row, head, query, column])}; allowed are -1 (none) "
-            f"and the {count} blocks of this query's sequence, 0 to {count - 1}"
+            f"routes[{row}, {head}, {query}, {column}] is {int(routes[row, head, query, column])}; allowed are -1 "
+            f"(none) and the {count} blocks of this query's sequence, 0 to {count - 1}"
         )
 
 

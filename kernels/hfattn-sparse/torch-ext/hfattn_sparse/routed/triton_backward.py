@@ -142,7 +142,7 @@ def grad_pair_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INDEX: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial fp32 [heads, Nq * width, D]: share of every listed pair in the gradient of its query, without the scale."""
+    """partial fp32 [heads, Nq * width, D]: share of every listed pair in the gradient of its query, not scaled yet."""
     local = tl.program_id(0) % chunk_heads
     head = (first_head + local).to(tl.int64)
     batch, kv_head = head // heads, (head % heads) // group
