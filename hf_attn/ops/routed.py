@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_attn.call import TokenLayout
 from hf_attn.checks import require_int
-from hf_attn.ops.backend import autocast, check_qkv, choose_path, may_go_dense, resolve_tokens
+from hf_attn.ops.backend import autocast, check_qkv, checks_enabled, choose_path, may_go_dense, resolve_tokens
 
 
 def select_routes(
@@ -37,6 +37,10 @@ def select_routes(
     Returns:
         int32 `[B, Hq, Nq, min(top_k, ceil(Nk / block_size))]`, ascending block ids, -1 padded. Scores are fp32
         (fp64 for fp64 inputs); on equal scores the later block wins. Not differentiable, as in the paper.
+
+    Raises:
+        ValueError: shapes or options that do not fit, naming the argument. With HF_ATTN_CHECK=1 also queries that are
+            not the last tokens of their sequence, which the Triton path takes for granted (waits for the device).
     """
     check_qkv(query, key, key)
     path = choose_path("select_routes", query, query.shape[3])
@@ -44,9 +48,12 @@ def select_routes(
     require_int("top_k", top_k, 1)
     index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
 
-    from hf_attn.ops.hfattn_sparse.routed import op
+    if checks_enabled():
+        _check_index(index, query, key, causal)
 
-    run = op.select_routes_reference if path == "reference" else op.select_routes
+    from hf_attn.ops.hfattn_sparse.routed import op, triton_op
+
+    run = {"reference": op.select_routes_reference, "torch": op.select_routes, "triton": triton_op.select_routes}[path]
     return run(query.detach(), key.detach(), index, block_size, top_k, causal)
 
 
@@ -83,7 +90,9 @@ def routed_block_attention(
         `[B, Hq, Nq, Dv]`; rows that see no key give 0 (lse -inf). Differentiable in query, key, value and through lse.
 
     Raises:
-        ValueError: shapes or options that do not fit, naming the argument.
+        ValueError: shapes or options that do not fit, naming the argument. With HF_ATTN_CHECK=1 also routes below -1 or
+            beyond the last block of their sequence, and queries that are not the last tokens of theirs (the check waits
+            for the device).
     """
     # Under autocast rotary embeddings leave query and key in fp32 beside a bf16 value.
     query, key, value = autocast(query, key, value)
@@ -97,16 +106,47 @@ def routed_block_attention(
         )
     index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    if checks_enabled():
+        _check_index(index, query, key, causal)
+        _check_routes(routes, index, key.shape[2], block_size, causal)
 
-    from hf_attn.ops.hfattn_sparse.routed import op
+    from hf_attn.ops.hfattn_sparse.routed import op, triton_op
 
     if path == "reference":
         out, lse = op.run_reference(query, key, value, routes, index, block_size, causal, scale)
     else:
-        out, lse = op.routed_block_attention(
-            query, key, value, routes, index, block_size, causal, scale, may_go_dense()
-        )
+        attend = (triton_op if path == "triton" else op).routed_block_attention
+        out, lse = attend(query, key, value, routes, index, block_size, causal, scale, may_go_dense())
     return (out, lse) if return_lse else out
+
+
+def _check_index(index: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> None:
+    from hf_attn.ops.hfattn_sparse.device_sequences import check_alignment
+
+    if index is not None:
+        check_alignment(index, query.shape[2], key.shape[2], causal)
+
+
+def _check_routes(routes: Tensor, index: Tensor | None, k_len: int, block_size: int, causal: bool) -> None:
+    """Raise ValueError for a route that names no block of its query's sequence."""
+    from hf_attn.ops.hfattn_sparse.device_sequences import device_sequences
+
+    q_len = routes.shape[2]
+    keys = torch.full((1, q_len), k_len, device=routes.device)
+    if index is not None:
+        found = device_sequences(index, q_len, k_len, causal)
+        keys = torch.zeros_like(found.k_length).scatter_(1, found.q_rows.long(), found.k_length)
+    blocks = (keys + block_size - 1) // block_size
+    wrong = (routes < -1) | (routes >= blocks[:, None, :, None])
+    if index is not None:  # a query that is not real has no blocks, and nothing reads its routes
+        wrong &= (index[:, 0, :q_len] >= 0)[:, None, :, None]
+    if bool(wrong.any()):
+        row, head, query, column = wrong.nonzero()[0].tolist()
+        count = int(blocks[row % blocks.shape[0], query])
+        raise ValueError(
+            f"routes[{row}, {head}, {query}, {column}] is {int(routes[row, head, query, column])}; allowed are -1 "
+            f"(none) and the {count} blocks of this query's sequence, 0 to {count - 1}"
+        )
 
 
 def key_block_major(routes: Tensor, num_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
