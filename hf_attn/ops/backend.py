@@ -17,7 +17,7 @@ from hf_attn.call import TokenLayout
 Path = Literal["reference", "torch", "triton"]
 _VARIABLE = "HF_ATTN_BACKEND"
 # Ops that have a Triton path.
-TRITON_OPS = frozenset[str]()
+TRITON_OPS = frozenset({"select_blocks"})
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_DEVICES = ("cuda", "xpu")
