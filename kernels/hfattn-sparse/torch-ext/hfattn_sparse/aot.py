@@ -112,13 +112,21 @@ def compile_launch(program: Launch | Specialised) -> Compiled:
         text = log.getvalue()
         text = text if "registers" in text else _ptxas_log(built.asm["ptx"], launch.target)
         registers, spills = _nvidia_resources(text)
-    name, shared = launch.kernel.__name__, built.metadata.shared
-    return Compiled(name, launch.target, shared, registers, spills, dict(launch.meta), dict(launch.options))
+    shared, settings = built.metadata.shared, (dict(launch.meta), dict(launch.options))
+    return Compiled(kernel_name(launch), launch.target, shared, registers, spills, *settings)
 
 
-def problem(compiled: Compiled, *, spills_allowed: bool = False) -> str | None:
-    """Why a kernel cannot, or should not, run on its target; None when all is well."""
-    limit = SHARED_LIMITS.get(compiled.target)
+def kernel_name(launch: Launch) -> str:
+    """Family and function of a kernel, e.g. "selection.block_means"."""
+    return f"{launch.kernel.__module__.split('.')[-2]}.{launch.kernel.__name__}"
+
+
+def problem(compiled: Compiled, *, limit: int | None = None, spills_allowed: bool = False) -> str | None:
+    """Why a kernel cannot, or should not, run on its target; None when all is well.
+
+    `limit`: bytes of shared memory of targets that `SHARED_LIMITS` does not know.
+    """
+    limit = SHARED_LIMITS.get(compiled.target, limit)
     if limit is not None and compiled.shared > limit:
         return f"needs {compiled.shared} bytes of shared memory, {compiled.target} has {limit}"
     if compiled.spills and not spills_allowed:
