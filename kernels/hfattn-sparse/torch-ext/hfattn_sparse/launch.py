@@ -69,7 +69,7 @@ def target_of(device: torch.device) -> str:
 
 
 def config(kernel: str, *, dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, int]:
-    """Tile sizes, num_warps and num_stages of a kernel, by name: the best matching row of the tables (see `find_row`)."""
+    """Tile sizes, num_warps and num_stages of a kernel, by name: those of the best matching row, see `find_row`."""
     name = str(dtype).removeprefix("torch.")
     if _recorder is not None and _recorder.lookups is not None:
         _recorder.lookups.append((kernel, name, head_dim))
