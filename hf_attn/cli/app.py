@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from hf_attn.cli.build_kernels import build_kernels
 from hf_attn.cli.demo import demo
 from hf_attn.cli.doctor import doctor
 from hf_attn.cli.listing import list_command
@@ -21,6 +22,7 @@ app.command("demo")(demo)
 app.command("list")(list_command)
 app.command("doctor")(doctor)
 app.command("tune")(tune)
+app.command("build-kernels")(build_kernels)
 
 
 @app.callback(invoke_without_command=True)
