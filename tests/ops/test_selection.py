@@ -272,3 +272,24 @@ def test_compiled_code_cannot_count_sequences():
     function = torch.compile(lambda tokens: call(tokens=tokens).indices, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="pass max_sequences"):
         function(TokenLayout.padded(torch.tensor([0, 3]), torch.tensor([10, 7]), 10, 10))
+
+
+def test_the_bench_checks_and_prints_the_share(capsys, monkeypatch):
+    from hf_attn.bench import selection_speed
+
+    arguments = ["--lengths", "300", "--repeats", "1", "--block", "32", "--cumulative", "0.5"]
+    selection_speed.main(arguments)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("300")]
+    assert line.endswith("%") and 0 < float(line.split()[1]) < 1
+    monkeypatch.setattr(selection_speed, "agrees", lambda *_: False)
+    selection_speed.main(arguments)
+    assert "CHECK FAILED" in capsys.readouterr().out
+
+
+def test_timing_waits_for_the_device_around_each_call():
+    from hf_attn.bench.timing import interleaved
+
+    events = []
+    functions = {name: lambda name=name: events.append(name) for name in "ab"}
+    interleaved(functions, repeats=1, warmup=0, synchronize=lambda: events.append("wait"))
+    assert events == ["wait", "a", "wait", "wait", "b", "wait"]

@@ -21,16 +21,16 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def shapes(target: str, wide: bool) -> list[Shape]:
-    """Quick: what each row of the table is for, and on sm_90 the other types and shapes too. Wide: the product."""
+    """Quick: what each row of the table is for, and on sm_90 an index, a bias and fp32. Wide: the product."""
     dims = sorted({*table_head_dims(), 64, 128, 256})
     if wide:
         kinds = [(causal, index, bias) for causal in (True, False) for index in (True, False) for bias in (True, False)]
         plain = [Shape(dtype, dim, None, *kind) for dtype in (BF16, FP16, FP32) for dim in dims for kind in kinds]
         sizes = [(128, 64), (64, 128), (192, 128), (256, 16), (8, 8), (40, 72)]
         return plain + [Shape(BF16, *size, index=index) for size in sizes for index in (True, False)]
-    found = [Shape(BF16, dim) for dim in dims] + [Shape(BF16, 128, causal=False, index=True, bias=True)]
+    found = [Shape(BF16, dim) for dim in dims]
     if target == "sm_90":
-        found += [Shape(FP32, 128), Shape(FP16, 64, 128), Shape(BF16, 80, 64, index=True)]
+        found += [Shape(BF16, 128, causal=False, index=True, bias=True), Shape(FP32, 128)]
     return found
 
 
