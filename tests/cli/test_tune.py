@@ -196,3 +196,25 @@ def test_check_compiles_for_real(tmp_path):
     environment[launch.TABLE_VARIABLE] = str(bad)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "does not compile" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_device_at_hand_compares_and_times(monkeypatch):
+    """The class for GPUs, on the interpreter: the call under each configuration, against the exact result."""
+    if not launch.interpreting():
+        pytest.skip("needs the interpreter")
+    device = object.__new__(tuning.Gpu)
+    device.target, device.repeats, device._inputs = "interpreter", 7, None
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    shape = Shape(torch.float32, 8, q_len=130, k_len=260, heads=1, kv_heads=1, device="cpu")
+    task = tuning.Task("block_means", "float32", 8, CALLS[0], shape)
+    configs = [{"CHUNK": 64, "num_warps": 4}, {"CHUNK": 128, "num_warps": 4}]
+    assert device.wrong(task, configs) == [False, False]
+    assert [len(timing.samples) for timing in device.time(task, configs)] == [7, 7]
+    original = tuning.Gpu._run
+
+    def broken(self, task, arguments, config):
+        results = original(self, task, arguments, config)
+        return [r + 1 for r in results] if config == configs[1] else results
+
+    monkeypatch.setattr(tuning.Gpu, "_run", broken)
+    assert device.wrong(task, configs) == [False, True]

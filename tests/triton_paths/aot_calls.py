@@ -21,17 +21,13 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def shapes(target: str, wide: bool) -> list[Shape]:
-    """Quick: what each row of the table is for, and on sm_90 an index, a bias and fp32. Wide: the product."""
+    """Quick: every head dimension of the table on sm_90, one elsewhere. Wide: all types, sizes and layouts."""
     dims = sorted({*table_head_dims(), 64, 128, 256})
-    if wide:
-        kinds = [(causal, index, bias) for causal in (True, False) for index in (True, False) for bias in (True, False)]
-        plain = [Shape(dtype, dim, None, *kind) for dtype in (BF16, FP16, FP32) for dim in dims for kind in kinds]
-        sizes = [(128, 64), (64, 128), (192, 128), (256, 16), (8, 8), (40, 72)]
-        return plain + [Shape(BF16, *size, index=index) for size in sizes for index in (True, False)]
-    found = [Shape(BF16, dim) for dim in dims]
-    if target == "sm_90":
-        found += [Shape(BF16, 128, causal=False, index=True, bias=True), Shape(FP32, 128)]
-    return found
+    packed = {"causal": False, "index": True, "bias": True}
+    if not wide:
+        return [Shape(BF16, dim) for dim in dims] + [Shape(BF16, 128, **packed)] if target == "sm_90" else [Shape(BF16)]
+    found = [Shape(dtype, dim, **kind) for dtype in (BF16, FP16, FP32) for dim in dims for kind in ({}, packed)]
+    return found + [Shape(BF16, *size) for size in ((192, 128), (256, 16), (40, 72), (8, 8))]
 
 
 def programs(target: str, wide: bool) -> tuple[list[tuple[str, int, aot.Specialised]], list[dict]]:
