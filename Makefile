@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow test-oldest test-newest lint wheel clean
+.PHONY: setup demo test test-slow test-oldest test-newest lint wheel kernels clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,10 @@ lint: setup
 
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist
+
+# The kernels as repositories for the Hub: build/<name>/build/torch-<backend>.
+kernels: setup
+	$(BIN)/hf-attn build-kernels --output build
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-newest dist build demo_output

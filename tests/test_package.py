@@ -54,6 +54,7 @@ def test_wheel_holds_the_kernels_and_nothing_foreign(wheel):
         "hf_attn/__init__.py",
         "hf_attn/ops/hfattn_sparse/__init__.py",
         "hf_attn/ops/hfattn_sparse/block_sparse/torch_path.py",
+        "hf_attn/ops/hfattn_sparse/launch_table.json",
         "hf_attn/ops/hfattn_sparse/routed/reference.py",
         "hf_attn/mechanisms/moba.py",
     ):

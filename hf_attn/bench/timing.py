@@ -27,21 +27,30 @@ class Timing:
         return (ordered[-1 - quarter] - ordered[quarter]) / self.median
 
 
-def interleaved(functions: dict[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 1) -> dict[str, Timing]:
+def interleaved(
+    functions: dict[str, Callable[[], object]],
+    *,
+    repeats: int = 7,
+    warmup: int = 1,
+    synchronize: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
     """Time several functions in turn (A B C A B C ...), so that a machine that drifts slows all of them alike.
 
     Args:
         functions: name -> function without arguments; what it returns is dropped.
         repeats: counted rounds, >= 1.
         warmup: rounds that are not counted.
+        synchronize: waits for the device; called before the clock starts and before it stops.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be >= 1, got {repeats}")
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
         for name, function in functions.items():
+            synchronize()
             start = time.perf_counter()
             function()
+            synchronize()
             elapsed = time.perf_counter() - start
             if turn >= warmup:
                 samples[name].append(elapsed)

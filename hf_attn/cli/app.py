@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from hf_attn.cli.build_kernels import build_kernels
 from hf_attn.cli.demo import demo
 from hf_attn.cli.doctor import doctor
 from hf_attn.cli.listing import list_command
+from hf_attn.cli.tune import tune
 
 app = typer.Typer(
     name="hf-attn",
@@ -19,6 +21,8 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("list")(list_command)
 app.command("doctor")(doctor)
+app.command("tune")(tune)
+app.command("build-kernels")(build_kernels)
 
 
 @app.callback(invoke_without_command=True)

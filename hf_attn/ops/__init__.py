@@ -16,6 +16,7 @@ from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
 from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
+from hf_attn.ops.selection import select_blocks  # noqa: E402
 
 __all__ = [
     "block_sparse_attention",
@@ -25,5 +26,6 @@ __all__ = [
     "path_counts",
     "reset_path_counts",
     "routed_block_attention",
+    "select_blocks",
     "select_routes",
 ]

@@ -18,7 +18,7 @@ Path = Literal["reference", "torch", "triton"]
 _VARIABLE = "HF_ATTN_BACKEND"
 _CHECK_VARIABLE = "HF_ATTN_CHECK"
 # Ops that have a Triton path.
-TRITON_OPS = frozenset({"block_sparse_attention", "routed_block_attention", "select_routes"})
+TRITON_OPS = frozenset({"block_sparse_attention", "routed_block_attention", "select_blocks", "select_routes"})
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_DEVICES = ("cuda", "xpu")
@@ -37,7 +37,7 @@ def forced_backend() -> str | None:
 
 def checks_enabled() -> bool:
     """Whether HF_ATTN_CHECK=1 asks for checks of values, which wait for the device; never inside compiled graphs."""
-    return os.environ.get(_CHECK_VARIABLE, "").strip() not in ("", "0") and not torch.compiler.is_compiling()
+    return os.environ.get(_CHECK_VARIABLE) == "1" and not torch.compiler.is_compiling()
 
 
 def choose_path(op: str, query: Tensor, *head_dims: int) -> Path:

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 TABLE = Path(__file__).with_name("launch_table.json")
+# A second table whose rows come before those of `TABLE`: what `hf-attn tune` found on the user's own device.
+TABLE_VARIABLE = "HF_ATTN_LAUNCH_TABLE"
+Row = dict[str, Any]
 _OPTIONS = ("num_warps", "num_stages")
 
 
@@ -41,6 +44,7 @@ class Launch:
 class _Recorder:
     target: str
     launches: list[Launch]
+    lookups: list[tuple[str, str, int]] | None
 
 
 _recorder: _Recorder | None = None
@@ -65,35 +69,57 @@ def target_of(device: torch.device) -> str:
 
 
 def config(kernel: str, *, dtype: torch.dtype, head_dim: int, device: torch.device) -> dict[str, int]:
-    """Tile sizes, num_warps and num_stages of a kernel, by name: the best matching row of `launch_table.json`.
-
-    A row matches by `target` (exact, else its family "cuda" or "hip", else "*"), `dtype` (exact, else "*") and the
-    smallest `head_dim` that is large enough.
-    """
+    """Tile sizes, num_warps and num_stages of a kernel, by name: those of the best matching row, see `find_row`."""
+    name = str(dtype).removeprefix("torch.")
+    if _recorder is not None and _recorder.lookups is not None:
+        _recorder.lookups.append((kernel, name, head_dim))
     if kernel in _forced:
         return dict(_forced[kernel])
-    found = _lookup(kernel, target_of(device), str(dtype).removeprefix("torch."), head_dim)
+    return dict(find_row(kernel, target_of(device), name, head_dim)["config"])
+
+
+def find_row(kernel: str, target: str, dtype: str, head_dim: int) -> Row:
+    """The row of a kernel that serves a target, dtype ("bfloat16") and head dimension; ValueError without one.
+
+    A row matches by `target` (exact, else its family "cuda" or "hip", else "*"), `dtype` (exact, else "*") and the
+    smallest `head_dim` that is large enough; of two equal ones the user's own (HF_ATTN_LAUNCH_TABLE) is taken.
+    """
+    found = _lookup(kernel, target, dtype, head_dim, os.environ.get(TABLE_VARIABLE, ""))
     if found is None:
         raise ValueError(f"{TABLE.name} has no row of kernel {kernel!r} for {dtype} and head_dim {head_dim}")
-    return dict(found)
+    return found
 
 
 @lru_cache(maxsize=512)
-def _lookup(kernel: str, target: str, dtype: str, head_dim: int) -> dict[str, int] | None:
+def _lookup(kernel: str, target: str, dtype: str, head_dim: int, own: str) -> Row | None:
     family = "hip" if target.startswith("gfx") else "cuda" if target.startswith("sm_") else "*"
     best = None
-    for row in table().get(kernel, []):
+    for row in (read_table(own).get(kernel, []) if own else []) + table().get(kernel, []):
         if row["target"] not in (target, family, "*") or row["dtype"] not in (dtype, "*") or row["head_dim"] < head_dim:
             continue
         rank = ((target, family, "*").index(row["target"]), row["dtype"] == "*", row["head_dim"])
         if best is None or rank < best[0]:
-            best = (rank, row["config"])
+            best = (rank, row)
     return None if best is None else best[1]
 
 
-def table() -> dict[str, list[dict[str, Any]]]:
+def table() -> dict[str, list[Row]]:
     """All rows of `launch_table.json`, by kernel."""
-    return json.loads(TABLE.read_text())
+    return read_table(TABLE)
+
+
+def read_table(path: str | Path) -> dict[str, list[Row]]:
+    """All rows of a table, by kernel; ValueError with the path when the file is not one."""
+    try:
+        rows = json.loads(Path(path).read_text())
+        complete = all(
+            {"target", "dtype", "head_dim", "config"} <= row.keys() for of_kernel in rows.values() for row in of_kernel
+        )
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not a launch table (see {TABLE_VARIABLE}): {error}") from error
+    if not complete:
+        raise ValueError(f"{path} is not a launch table: a row lacks one of target, dtype, head_dim and config")
+    return rows
 
 
 @contextmanager
@@ -109,12 +135,15 @@ def forced_config(**configs: dict[str, int]) -> Iterator[None]:
 
 
 @contextmanager
-def recording(target: str) -> Iterator[list[Launch]]:
-    """Collect the launches made inside, as if on `target`, without running them. Call paths with meta tensors."""
+def recording(target: str, lookups: list[tuple[str, str, int]] | None = None) -> Iterator[list[Launch]]:
+    """Collect the launches made inside, as if on `target`, without running them. Call paths with meta tensors.
+
+    `lookups` takes what is asked of `config`: (kernel name of the table, dtype, head_dim).
+    """
     global _recorder
     if _recorder is not None:
         raise RuntimeError("launches are already being recorded; close the outer recording() first")
-    _recorder = _Recorder(target, [])
+    _recorder = _Recorder(target, [], lookups)
     try:
         yield _recorder.launches
     finally:

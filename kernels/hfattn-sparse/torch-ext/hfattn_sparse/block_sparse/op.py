@@ -163,13 +163,14 @@ def _pattern_rows(indices: Tensor, s: Sequence, num_sequences: int, batch: int) 
     rows = indices.shape[0]
     if rows == 1 or s.batch == slice(None):
         return indices
-    if rows == num_sequences and batch == 1:
+    # Empty sequences have no number: patterns made for all that a row may hold have rows to spare.
+    if rows >= num_sequences and batch == 1:
         return indices[s.number : s.number + 1]
     if rows == batch:
         return indices[s.row : s.row + 1]
     raise ValueError(
-        f"the pattern has {rows} rows; allowed are 1, the batch ({batch}), or for one packed row its number of "
-        f"sequences ({num_sequences})"
+        f"the pattern has {rows} rows; allowed are 1, the batch ({batch}), or for one packed row its "
+        f"number of sequences ({num_sequences}) or more"
     )
 
 

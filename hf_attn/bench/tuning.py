@@ -1,0 +1,342 @@
+"""Finding the fastest configuration of every kernel on the device at hand, and checking all of them without one.
+
+`hf-attn tune` is the command. A kernel is timed inside the call of its op: the other kernels of the call keep their
+configuration, so a difference is the kernel's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_attn.bench.kernel_calls import KernelCall, Shape, available_calls, table_head_dims
+from hf_attn.bench.timing import Timing, interleaved
+from hf_attn.ops.hfattn_sparse import launch
+from hf_attn.ops.hfattn_sparse.launch import Row
+
+Config = dict[str, int]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# A candidate replaces the current configuration when it is faster by more than repeats differ on a quiet device.
+WORTHWHILE = 1.02
+# Parameters of tiles that tensor cores take: at least 16 wide.
+_SMALLEST_TILE, _LARGEST_TILE, _MOST_WARPS, _MOST_STAGES = 16, 256, 16, 6
+# Warps that no kernel has: launches with so many are those of the kernel whose configuration was forced.
+_MARK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kernel, dtype and head dimension to tune, and the call that launches it."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    call: KernelCall
+    shape: Shape
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel} {self.dtype} {self.head_dim}"
+
+
+@dataclass
+class Outcome:
+    """What tuning one task gave: the best configuration, its time and the current one's in ms, and why others fell."""
+
+    config: Config
+    milliseconds: float
+    current: Config
+    current_milliseconds: float
+    tried: int
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+class Device(Protocol):
+    """What tuning needs of a device; tests put another one in its place."""
+
+    target: str
+
+    def obstacle(self, task: Task, config: Config) -> str | None:
+        """Why the configuration cannot run ("does not compile", "shared memory", "spills"), found by compiling."""
+
+    def wrong(self, task: Task, configs: list[Config]) -> list[bool]:
+        """Whether the results under each configuration are worse than those of the first one allow."""
+
+    def time(self, task: Task, configs: list[Config]) -> list[Timing]:
+        """Interleaved times of the call under each configuration."""
+
+
+def own_launches(task: Task, target: str, config: Config) -> list[launch.Launch]:
+    """The launches of the task's kernel in its call, under a configuration; those of other kernels are left out."""
+    shape = replace(task.shape, device="meta")
+    with launch.forced_config(**{task.kernel: config | {"num_warps": _MARK}}):
+        marked, _ = task.call.record(shape, target)
+    with launch.forced_config(**{task.kernel: config}):
+        launches, _ = task.call.record(shape, target)
+    return [one for one, mark in zip(launches, marked, strict=True) if mark.options.get("num_warps") == _MARK]
+
+
+def find_tasks(
+    target: str, device: str, dtypes: Iterable[str], kernels: Iterable[str] = (), *, every_call: bool = False
+) -> list[Task]:
+    """Every kernel that some call launches, for these dtypes and the head dimensions of the table.
+
+    Without repeats: the first call that launches a kernel stands for all of them, unless `every_call`.
+    Raises ValueError for a kernel that no call launches.
+    """
+    found: dict[str, Task] = {}
+    wanted = set(kernels)
+    for dtype, head_dim, call in itertools.product(dtypes, table_head_dims(), available_calls()):
+        shape = Shape(DTYPES[dtype], head_dim, q_len=8192, k_len=8192, heads=16, kv_heads=4)
+        for kernel, name, size in call.record(shape, target)[1]:
+            task = Task(kernel, name, size, call, replace(shape, device=device))
+            found.setdefault(f"{task.key} {call.name * every_call}", task)
+    unknown = wanted - {task.kernel for task in found.values()}
+    if unknown:
+        known = sorted({task.kernel for task in found.values()})
+        raise ValueError(f"no kernel is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return [task for task in found.values() if not wanted or task.kernel in wanted]
+
+
+def candidates(current: Config, limit: int) -> list[Config]:
+    """The current configuration first, then its neighbours, nearest first, at most `limit` in all.
+
+    Tile sizes and warps go a factor of two down and up, stages one.
+    """
+    choices = {name: _neighbours(name, value) for name, value in current.items()}
+    found = []
+    for values in itertools.product(*choices.values()):
+        config = dict(zip(choices, values, strict=True))
+        distance = sum(config[name] != current[name] for name in current)
+        found.append((distance, config))
+    found.sort(key=lambda item: item[0])
+    return [config for _, config in found][:limit]
+
+
+def _neighbours(name: str, value: int) -> list[int]:
+    if name == "num_stages":
+        return [n for n in (value - 1, value, value + 1) if 1 <= n <= _MOST_STAGES]
+    low, high = (1, _MOST_WARPS) if name == "num_warps" else (_SMALLEST_TILE, max(_LARGEST_TILE, 2 * value))
+    return [n for n in (value // 2, value, value * 2) if n == value or low <= n <= high]
+
+
+def tune_task(task: Task, device: Device, *, limit: int = 40) -> Outcome:
+    """Drop what does not fit by compiling, then what computes wrongly, then time the rest; the current one may stay."""
+    current = dict(launch.find_row(task.kernel, device.target, task.dtype, task.head_dim)["config"])
+    tried, fitting, dropped = candidates(current, limit), [], {}
+    for config in tried:
+        reason = device.obstacle(task, config)
+        if reason is None:
+            fitting.append(config)
+        elif config == current:
+            raise RuntimeError(f"the current configuration of {task.key} cannot run: {reason}")
+        else:
+            dropped[reason] = dropped.get(reason, 0) + 1
+    wrong = device.wrong(task, fitting)
+    if wrong[0]:
+        raise RuntimeError(f"{task.key} computes wrongly under its current configuration {current}; nothing was timed")
+    if any(wrong):
+        dropped["wrong results"] = sum(wrong)
+    right = [config for config, bad in zip(fitting, wrong, strict=True) if not bad]
+    times = [timing.median for timing in device.time(task, right)]
+    best = min(range(len(right)), key=times.__getitem__)
+    if times[0] < times[best] * WORTHWHILE:
+        best = 0
+    return Outcome(right[best], times[best] * 1e3, current, times[0] * 1e3, len(tried), dropped)
+
+
+def tune(tasks: list[Task], device: Device, output: Path, *, limit: int = 40) -> Iterator[tuple[Task, Outcome, bool]]:
+    """Tune task after task; each result is in the table `output` before the next starts.
+
+    A file beside the table notes what is done, so that an interrupted run goes on where it was; it is removed at the
+    end. Yields the task, its outcome, and whether it was found in that file.
+    """
+    progress = output.with_suffix(f".{device.target}.progress.json")
+    done = json.loads(progress.read_text()) if progress.is_file() else {}
+    for task in tasks:
+        if task.key in done:
+            yield task, Outcome(**done[task.key]), True
+            continue
+        outcome = tune_task(task, device, limit=limit)
+        row = {"target": device.target, "dtype": task.dtype, "head_dim": task.head_dim, "config": outcome.config}
+        rows = launch.read_table(output) if output.is_file() else {}
+        write_table(output, with_row(rows, task.kernel, row))
+        done[task.key] = asdict(outcome)
+        _write(progress, json.dumps(done, indent=1))
+        yield task, outcome, False
+    progress.unlink(missing_ok=True)
+
+
+def with_row(table: dict[str, list[Row]], kernel: str, row: Row) -> dict[str, list[Row]]:
+    """The table with this row in place of the one for the same target, dtype and head dimension; others stay."""
+
+    def same(other: Row) -> bool:
+        return all(other[name] == row[name] for name in ("target", "dtype", "head_dim"))
+
+    rows = table.get(kernel, [])
+    position = next((i for i, other in enumerate(rows) if same(other)), len(rows))
+    return table | {kernel: [*rows[:position], row, *rows[position + 1 :]]}
+
+
+def write_table(path: Path, table: dict[str, list[Row]]) -> None:
+    """Write a table, one row a line."""
+    kernels = []
+    for kernel, rows in table.items():
+        lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
+        kernels.append(f"  {json.dumps(kernel)}: [\n{lines}\n  ]")
+    _write(path, "{\n" + ",\n".join(kernels) + "\n}\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file at once: an interrupted run leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def default_output() -> Path:
+    """The committed table in a source checkout, else the file that HF_ATTN_LAUNCH_TABLE names."""
+    if (launch.TABLE.parents[2] / "build.toml").is_file():
+        return launch.TABLE
+    own = os.environ.get(launch.TABLE_VARIABLE)
+    if not own:
+        raise ValueError(
+            f"an installed package keeps its table; give --output FILE, and set {launch.TABLE_VARIABLE}=FILE to use it"
+        )
+    return Path(own)
+
+
+class Gpu:
+    """The device at hand."""
+
+    def __init__(self, repeats: int = 7) -> None:
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                "hf-attn tune needs a CUDA or ROCm device, and found none; `hf-attn tune --check` compiles every "
+                "configuration without one"
+            )
+        self.device = torch.device("cuda")
+        self.target = launch.target_of(self.device)
+        self.repeats = repeats
+        properties = torch.cuda.get_device_properties(self.device)
+        self._shared = getattr(properties, "shared_memory_per_block_optin", None) or properties.shared_memory_per_block
+        self._inputs: tuple[Task, tuple[Any, ...]] | None = None
+
+    def obstacle(self, task: Task, config: Config) -> str | None:
+        from hf_attn.ops.hfattn_sparse import aot
+
+        for program in aot.distinct(own_launches(task, self.target, config)):
+            try:
+                built = aot.compile_launch(program)
+            except Exception:  # whatever the compiler makes of a candidate, the next one may do
+                return "does not compile"
+            found = aot.problem(built, limit=self._shared)
+            if found is not None:
+                return "spills" if found.startswith("spills") else "shared memory"
+        return None
+
+    def wrong(self, task: Task, configs: list[Config]) -> list[bool]:
+        arguments = self._arguments(task)
+        exact = _tensors(task.call.exact(arguments))
+        errors = [_errors(self._run(task, arguments, config), exact) for config in configs]
+        allowed = [2 * (error + margin) for error, margin in errors[0]]
+        return [any(error > most for (error, _), most in zip(found, allowed, strict=True)) for found in errors]
+
+    def time(self, task: Task, configs: list[Config]) -> list[Timing]:
+        arguments = self._arguments(task)
+        runs = {
+            str(number): lambda config=config: self._run(task, arguments, config)
+            for number, config in enumerate(configs)
+        }
+        options = {"repeats": self.repeats, "warmup": 2, "synchronize": torch.cuda.synchronize}
+        return list(interleaved(runs, **options).values())
+
+    def _arguments(self, task: Task) -> tuple[Any, ...]:
+        if self._inputs is None or self._inputs[0] != task:
+            torch.manual_seed(0)
+            self._inputs = task, task.call.arguments(task.shape)
+        return self._inputs[1]
+
+    def _run(self, task: Task, arguments: tuple[Any, ...], config: Config) -> list[Tensor]:
+        with launch.forced_config(**{task.kernel: config}):
+            return _tensors(task.call.run(task.shape, arguments))
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _errors(got: list[Tensor], exact: list[Tensor]) -> list[tuple[float, float]]:
+    """Of every result: the largest error, and one unit in the last place of the largest value.
+
+    Integers err by the share of entries that differ; a last digit of a score may decide one in a thousand.
+    """
+    found = []
+    for result, wanted in zip(got, exact, strict=True):
+        if not result.is_floating_point():
+            found.append((float((result != wanted).float().mean()), 1e-3))
+            continue
+        finite = wanted.isfinite()
+        error = torch.where(finite, result.to(wanted.dtype) - wanted, 0).abs().nan_to_num(float("inf"))
+        scale = torch.where(finite, wanted, 0).abs()
+        worst, largest = (float(t.max()) if t.numel() else 0.0 for t in (error, scale))
+        found.append((worst, torch.finfo(result.dtype).eps * largest))
+    return found
+
+
+@dataclass(frozen=True)
+class Checked:
+    """All programs of one kernel that one row of the table gives on one target."""
+
+    kernel: str
+    target: str
+    row: Row
+    programs: int
+    shared: int
+    registers: int
+    spills: int
+    problems: tuple[str, ...]
+
+
+def check(
+    targets: list[str],
+    dtypes: list[str],
+    kernels: Iterable[str] = (),
+    step: Callable[[str, int, int], None] = lambda *_: None,
+) -> list[Checked]:
+    """Compile what every row of the table gives, without a GPU; `step` hears (what, done, all)."""
+    from hf_attn.ops.hfattn_sparse import aot
+
+    found: dict[str, tuple[Task, str, Row, dict]] = {}
+    for target in targets:
+        for task in find_tasks(target, "meta", dtypes, kernels, every_call=True):
+            row = launch.find_row(task.kernel, target, task.dtype, task.head_dim)
+            *_, programs = found.setdefault(f"{task.kernel} {target} {row}", (task, target, row, {}))
+            for program in aot.distinct(own_launches(task, target, row["config"])):
+                programs[program.key] = program
+    total, done = sum(len(programs) for *_, programs in found.values()), 0
+    checked = []
+    for task, target, row, programs in found.values():
+        built, problems = [], []
+        for program in programs.values():
+            step(f"{task.kernel} on {target}", done, total)
+            done += 1
+            try:
+                built.append(aot.compile_launch(program))
+            except Exception as error:
+                problems.append(f"does not compile: {type(error).__name__}: {error}".splitlines()[0][:300])
+        may_spill = task.head_dim > 128 or target != "sm_90"
+        problems += [p for p in (aot.problem(b, spills_allowed=may_spill) for b in built) if p]
+        worst = [max((getattr(b, name) for b in built), default=0) for name in ("shared", "registers", "spills")]
+        checked.append(Checked(task.kernel, target, row, len(programs), *worst, tuple(dict.fromkeys(problems))))
+    step("done", total, total)
+    return checked

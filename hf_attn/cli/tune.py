@@ -1,0 +1,100 @@
+"""`hf-attn tune`: the fastest kernel configurations of this device, or a check of all of them without one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hf_attn.checks import require_one_of
+from hf_attn.cli.common import console, one_clear_line
+
+
+def tune(
+    check: bool = typer.Option(False, "--check", help="Compile every configuration ahead of time; needs no GPU."),
+    target: list[str] = typer.Option([], "--target", help="With --check: sm_80, sm_90, gfx942; default all of them."),
+    kernel: list[str] = typer.Option([], "--kernel", help="Only this kernel of the table; may be repeated."),
+    dtype: list[str] = typer.Option(["bf16", "fp16", "fp32"], "--dtype", help="bf16, fp16, fp32; may be repeated."),
+    output: Path = typer.Option(None, "--output", help="Table to write; default: the one of this source checkout."),
+    candidates: int = typer.Option(40, min=1, help="Configurations to try for each kernel, the current one included."),
+    repeats: int = typer.Option(7, min=7, help="Interleaved repeats of each timing; the median counts."),
+) -> None:
+    """Time candidate configurations of every kernel on this GPU and write the best into the launch table.
+
+    Candidates that do not fit the shared memory, spill registers or compute worse results are dropped first. A run that
+    was interrupted goes on where it was. Rows of other devices stay as they are.
+
+    Example: `hf-attn tune --output table.json`, then set `HF_ATTN_LAUNCH_TABLE=table.json`
+
+    Example: `hf-attn tune --check --target sm_90`
+    """
+    with one_clear_line():
+        for name in dtype:
+            require_one_of("--dtype", name, ("bf16", "fp16", "fp32"))
+        if check:
+            passed = _check(target, dtype, kernel)
+        elif target:
+            raise ValueError("--target goes with --check; without it the target is the GPU at hand")
+        else:
+            _tune(dtype, kernel, output, candidates, repeats)
+            passed = True
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
+
+
+def _tune(dtypes: list[str], kernels: list[str], output: Path | None, candidates: int, repeats: int) -> None:
+    from hf_attn.bench import tuning
+
+    device = tuning.Gpu(repeats)
+    output = tuning.default_output() if output is None else output
+    tasks = tuning.find_tasks(device.target, "cuda", dtypes, kernels)
+    changed, start = 0, time.perf_counter()
+    with _progress() as progress:
+        bar = progress.add_task("tuning", total=len(tasks))
+        for task, outcome, known in tuning.tune(tasks, device, output, limit=candidates):
+            gain = outcome.current_milliseconds / outcome.milliseconds
+            changed += outcome.config != outcome.current
+            note = "done before" if known else f"{outcome.tried} tried, {sum(outcome.dropped.values())} dropped"
+            progress.console.print(
+                f"{task.key}: {outcome.milliseconds:.3f} ms, {gain:.2f}x of before ({note})", highlight=False
+            )
+            progress.update(bar, advance=1, description=task.kernel)
+    seconds = time.perf_counter() - start
+    console.print(f"{len(tasks)} kernels on {device.target}, {changed} changed, {seconds:.0f} s; wrote {output}")
+
+
+def _check(targets: list[str], dtypes: list[str], kernels: list[str]) -> bool:
+    from hf_attn.bench import tuning
+    from hf_attn.ops.hfattn_sparse import aot
+
+    for name in targets:
+        require_one_of("--target", name, tuple(aot.SHARED_LIMITS))
+    with _progress() as progress:
+        bar = progress.add_task("compiling", total=None)
+
+        def step(what: str, done: int, total: int) -> None:
+            progress.update(bar, description=what, completed=done, total=total)
+
+        found = tuning.check(targets or list(aot.SHARED_LIMITS), dtypes, kernels, step)
+    table = Table(title="configurations compiled ahead of time", title_justify="left")
+    for name in ("target", "kernel", "row", "configuration"):
+        table.add_column(name)
+    for name in ("programs", "registers", "spills", "shared", "limit"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for entry in found:
+        settings = " ".join(f"{name}={value}" for name, value in entry.row["config"].items())
+        row = f"{entry.row['target']} {entry.row['dtype']} D<={entry.row['head_dim']}"
+        numbers = (entry.programs, entry.registers, entry.spills, entry.shared, aot.SHARED_LIMITS[entry.target])
+        verdict = "[red]" + "; ".join(entry.problems) + "[/red]" if entry.problems else "ok"
+        table.add_row(entry.target, entry.kernel, row, settings, *map(str, numbers), verdict)
+    console.print(table)
+    return not any(entry.problems for entry in found)
