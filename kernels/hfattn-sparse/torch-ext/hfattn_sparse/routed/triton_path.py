@@ -278,7 +278,8 @@ def _grad_key_value(
     sums: Tensor | None,
 ) -> None:  # fmt: skip
     """Fill the gradients of key and value; add the share of listed pairs in that of the query to `sums`."""
-    tile = call.config("routed_grad_kv")
+    # Rows looked up in tables need registers that the larger tile does not leave.
+    tile = call.config("routed_grad_kv_indexed" if call.layout.has_index else "routed_grad_kv")
     blocks, kv_total = call.layout.blocks, call.batch * call.kv_heads
     inside = -(-call.block_size // tile["BLOCK_N"])
     splits = call.splits(blocks.programs * kv_total * inside, tile["BLOCK_M"])
