@@ -154,17 +154,19 @@ def evaluate(attention, s: Setting, x: dict[str, Tensor | None], dtype: torch.dt
     return {"out": out.detach(), "lse": lse.detach()} | dict(zip(("dq", "dk", "dv", "dbias"), grads, strict=False))
 
 
-def rounding_of_delta(s: Setting, x: dict[str, Tensor | None], got: Tensor) -> float:
-    """How much the error of `got`, an `out` in half precision, changes dbias, which is fp32, through sum(do * out).
+def through_delta(s: Setting, x: dict[str, Tensor | None], got: Tensor) -> dict[str, float]:
+    """How much the error of `got`, an `out` in half precision, changes dq, dk and dbias through delta = sum(do * out).
 
-    An error e of that sum becomes p e in dbias, and p is the derivative of lse.
+    An error e of delta changes ds by p e, and p is the derivative of lse by the scores.
     """
-    query, key, value = (x[name].double() for name in ("query", "key", "value"))
-    bias = x["bias"].double().detach().requires_grad_()
+    leaves = [x[name].double().detach().requires_grad_() for name in ("query", "key")]
+    bias = None if x["bias"] is None else x["bias"].double().detach().requires_grad_()
     options = (s.block_q, s.block_k, s.causal, s.scale)
-    out, lse = op.run_reference(query, key, value, x["indices"], x["index"], bias, *options)
-    error = ((got.double() - out.detach()) * x["grad_out"]).sum(-1).abs()
-    return float(torch.autograd.grad((torch.where(lse.isfinite(), lse, 0) * error).sum(), bias)[0].abs().max())
+    out, lse = op.run_reference(*leaves, x["value"].double(), x["indices"], x["index"], bias, *options)
+    error = ((got.double() - out.detach()) * x["grad_out"]).sum(-1)
+    leaves += [] if bias is None else [bias]
+    grads = torch.autograd.grad((torch.where(lse.isfinite(), lse, 0) * error).sum(), leaves)
+    return {name: float(g.abs().max()) for name, g in zip(("dq", "dk", "dbias"), grads, strict=False)}
 
 
 def assert_matches(s: Setting, x: dict[str, Tensor | None] | None = None) -> dict[str, Tensor]:
@@ -172,10 +174,11 @@ def assert_matches(s: Setting, x: dict[str, Tensor | None] | None = None) -> dic
     got = evaluate(block_sparse_attention_triton, s, x, DTYPES[s.dtype])
     eager = evaluate(op.run_reference, s, x, DTYPES[s.dtype])
     oracle = evaluate(op.run_reference, s, x, torch.float64)
+    inherited = through_delta(s, x, got["out"])
     for name, exact in oracle.items():
         # lse leaves the kernel in fp32, from scores of the inputs as they are; gradients recompute p from it.
         slack = 2.0 if name == "out" else 4.0
-        floor = 1e-6 + (rounding_of_delta(s, x, got["out"]) if name == "dbias" else 0.0)
+        floor = 1e-6 + inherited.get(name, 0.0)
         assert_as_good_as_eager(got[name], eager[name], exact, slack=slack, floor=floor, what=name)
     return got
 
