@@ -67,11 +67,12 @@ def test_device_and_host_find_the_same_sequences(seed):
 def check_row(found, row: int, tokens: list[tuple[list[int], list[int]]]) -> None:
     tiles, got, before = found.query_tiles(3), [], 0
     for tile in range(int(tiles.count[row])):
-        first, length, block_id, _, q_first, q_length, k_first, k_length = (int(t[row, tile]) for t in tiles[1:])
+        first, length, block_id, number, q_first, q_length, k_first, k_length = (int(t[row, tile]) for t in tiles[1:])
         assert (first, length) == (q_first + 3 * block_id, min(3, q_length - 3 * block_id))
         assert first == before, "tiles must follow each other"
         before = first + length
         if block_id == 0 and k_length:
+            assert number == len(got), "ordinals must be those of the host"
             queries = found.q_rows[row, q_first : q_first + q_length].tolist()
             got.append((queries, found.k_rows[row, k_first : k_first + k_length].tolist()))
     assert got == tokens

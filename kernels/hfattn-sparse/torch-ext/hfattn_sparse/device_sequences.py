@@ -18,7 +18,8 @@ class Tiles(NamedTuple):
     first: slot (see `DeviceSequences`) of the tile's first token.
     length: tokens in the tile, 1 to `block`.
     block_id: ordinal of the tile inside its sequence, so token `block_id * block` of the sequence is its first.
-    number: ordinal of the sequence inside its batch row, in order of its first query.
+    number: ordinal of the sequence inside its batch row, in order of its first query; sequences without keys do not
+        count (theirs is void).
     q_first, q_length, k_first, k_length: the slots of the sequence's queries and keys. With bottom-right alignment
         query slot s of the sequence has position `s - q_first + k_length - q_length`, key slot s `s - k_first`.
     """
@@ -90,8 +91,10 @@ def device_sequences(index: Tensor, q_len: int, k_len: int, causal: bool) -> Dev
         key_k = torch.where(positions[:, q_len:] > newest, q_len, key_k)
     keys = key_k.sort(dim=1, stable=True)
 
-    number = (queries.values.diff(dim=1, prepend=queries.values[:, :1]) != 0).cumsum(1)
     of_queries = _bounds(queries.values, queries.values, keys.values, q_len)
+    # A sequence counts from its first query, if it has a key at all.
+    begins = queries.values.diff(dim=1, prepend=queries.values.new_full((queries.values.shape[0], 1), -1)) != 0
+    number = ((begins & (of_queries[3] > 0)).cumsum(1) - 1).clamp(min=0)
     of_keys = _bounds(keys.values, queries.values, keys.values, q_len)
     key_number = number.gather(1, of_keys[0].clamp(max=max(q_len - 1, 0)))
     tensors = (queries.indices, keys.indices, number, *of_queries, key_number, *of_keys)
