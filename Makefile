@@ -22,10 +22,10 @@ demo: setup
 	$(BIN)/hf-attn demo
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 # The oldest supported host library beside the newest: same tests of the seam, another environment.
 test-oldest:
