@@ -7,6 +7,7 @@ import typer
 from hf_attn.cli.demo import demo
 from hf_attn.cli.doctor import doctor
 from hf_attn.cli.listing import list_command
+from hf_attn.cli.recipe import recipe
 
 app = typer.Typer(
     name="hf-attn",
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("list")(list_command)
 app.command("doctor")(doctor)
+app.command("recipe", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(recipe)
 
 
 @app.callback(invoke_without_command=True)

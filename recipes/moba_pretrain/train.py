@@ -127,7 +127,7 @@ def main() -> None:
     options = yaml.safe_load(arguments.config.read_text())
     if arguments.smoke:
         for key, value in SMOKE.items():
-            options[key] = {**options[key], **value} if isinstance(value, dict) else value
+            options[key] = {**options.get(key, {}), **value} if isinstance(value, dict) else value
     output = arguments.output or Path(options["output_dir"] + ("-smoke" if arguments.smoke else ""))
     results: dict[str, list[dict[str, float]]] = {}
     for seed in options["seeds"]:
