@@ -69,7 +69,7 @@ class KeyConvolutionAttention:
     def _convolve(self, key: Tensor, cache: Any, sequences: Tensor | None) -> Tensor:
         if cache is None:
             return self.k_conv1d(key, sequence_ids=sequences)
-        history = key_history(cache, self.config.num_hidden_layers, self.config.kconv_width)
+        history = key_history(cache, self.config.num_hidden_layers, self.config.kconv_width, self.layer_idx)
         key_out, rows = self.k_conv1d(
             key, initial_state=history.read(self.layer_idx, key), return_state=True, sequence_ids=sequences
         )

@@ -11,12 +11,12 @@ import hf_attn
 from hf_attn.integrations.transformers.key_history import SPARE_ROWS, KeyHistory
 from hf_attn.models.conversion import enable_checkpointing
 from tests.integrations.transformers.tiny import assert_close, cache_argument, tokens
-from tests.models.families import FAMILIES, family
+from tests.models.families import FAMILIES, family, host
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     """Equal to 1e-5 of the largest logit."""
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, float(want.abs().max())))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, float(want.detach().abs().max())))
 
 
 def generate(model, ids, **options):
@@ -142,6 +142,8 @@ def test_crop_goes_back_and_says_when_it_cannot():
     close(got, want[:, 30:])
     with pytest.raises(ValueError, match=f"further than the {SPARE_ROWS} tokens"):
         cache.crop(-40)
+    with pytest.raises(ValueError, match="start a new one"):
+        fed(model, ids, [1], cache)
     recording = DynamicCache(config=model.config)
     fed(model, ids, [10], recording)
     recording.activate_past_recording()
@@ -177,6 +179,10 @@ def test_a_cache_of_another_model_is_refused():
     cache = DynamicCache(config=family("moba_hybrid").config)
     with pytest.raises(ValueError, match="cache belongs to another model"):
         model(tokens(1, 4), **cache_argument(model, cache))
+    filled = DynamicCache(config=model.config)
+    host("llama")(tokens(1, 4), **cache_argument(model, filled))
+    with pytest.raises(ValueError, match="the cache holds 4 tokens, but not the keys"):
+        model(tokens(1, 1), **cache_argument(model, filled))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

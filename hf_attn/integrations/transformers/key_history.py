@@ -37,6 +37,7 @@ class KeyHistory:
         self.is_compileable = static
         self.record_past = False
         self._host = host
+        self._lost = False
         self._rows: dict[int, Tensor] = {}
         # Tokens seen, and how many of the kept rows are theirs; tensors when static, as a compiled step moves them on.
         self._seen: dict[int, Any] = {}
@@ -44,6 +45,8 @@ class KeyHistory:
 
     def read(self, layer: int, key: Tensor) -> Tensor:
         """State to start from for new keys `[B, Hkv, N, D]` of a layer."""
+        if self._lost:
+            raise ValueError("this cache was cropped further back than a key convolution can follow; start a new one")
         if layer not in self._rows:
             rows = key.new_zeros(key.shape[0], key.shape[1], self.needed + SPARE_ROWS, key.shape[3])
             seen, valid = 0, 0
@@ -66,18 +69,25 @@ class KeyHistory:
             self._seen[layer].add_(new)
             self._valid[layer].add_(new).clamp_(max=rows.shape[2])
             return
-        self._rows[layer] = rows
+        # A copy: the rows are a view into all keys of this call, which would stay alive with it.
+        self._rows[layer] = rows.clone()
         self._seen[layer] = self._seen[layer] + new
         self._valid[layer] = min(self._valid[layer] + new, rows.shape[2])
 
     # -- what a cache does to its entries ------------------------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens (a negative number). Raises ValueError when the keys before them are gone."""
+        """Forget the last tokens (a negative number). Raises ValueError when the keys before them are gone.
+
+        The model's layers are cropped by then, so the cache is of no use any more, and says so.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
         removed = abs(tokens_to_remove)
         for layer, rows in self._rows.items():
             seen, valid = int(self._seen[layer]), int(self._valid[layer])
             if valid - removed < min(self.needed, seen - removed) or removed > seen:
+                self._lost = True
                 raise ValueError(
                     f"crop(-{removed}) goes back further than the {SPARE_ROWS} tokens for which a key convolution "
                     "keeps its state; call cache.activate_past_recording() before the tokens to remove, or start anew"
@@ -99,6 +109,7 @@ class KeyHistory:
         self.record_past = True
 
     def reset(self) -> None:
+        self._lost = False
         if self.is_compileable:
             for tensors in (self._rows, self._seen, self._valid):
                 for tensor in tensors.values():
@@ -139,8 +150,8 @@ class KeyHistory:
         return self._host.get_max_length()
 
 
-def key_history(cache: Cache, layers: int, width: int) -> KeyHistory:
-    """The history inside a cache of a model with that many layers; it is added when missing.
+def key_history(cache: Cache, layers: int, width: int, layer: int) -> KeyHistory:
+    """The history inside a cache of a model with that many layers, for use by one of them; it is added when missing.
 
     Raises ValueError for objects that are no list of layers (continuous batching's paged cache, for one), and for a
     cache that holds tokens from before it had a history.
@@ -155,6 +166,11 @@ def key_history(cache: Cache, layers: int, width: int) -> KeyHistory:
         # A DynamicCache without a config grows with the layers that call it; the history has to come after them.
         entries.append(cache.layer_class_to_replicate())
     if len(entries) == layers:
+        held = 0 if torch.compiler.is_compiling() else int(entries[layer].get_seq_length())
+        if held > 0:
+            raise ValueError(
+                f"the cache holds {held} tokens, but not the keys a convolution needs to go on: another model filled it, or it was copied without its last entry; start a new cache"
+            )
         entries.append(KeyHistory(width, bool(entries[0].is_compileable), entries[0]))
     found = entries[layers]
     if not isinstance(found, KeyHistory) or found.needed != width - 1:
