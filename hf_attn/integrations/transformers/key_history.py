@@ -169,7 +169,8 @@ def key_history(cache: Cache, layers: int, width: int, layer: int) -> KeyHistory
         held = 0 if torch.compiler.is_compiling() else int(entries[layer].get_seq_length())
         if held > 0:
             raise ValueError(
-                f"the cache holds {held} tokens, but not the keys a convolution needs to go on: another model filled it, or it was copied without its last entry; start a new cache"
+                f"the cache holds {held} tokens, but not the keys a convolution needs to go on: another model filled "
+                "it, or it was copied without its last entry; start a new cache"
             )
         entries.append(KeyHistory(width, bool(entries[0].is_compileable), entries[0]))
     found = entries[layers]
