@@ -1,7 +1,7 @@
 """Published attention systems as plugins: `attn_implementation="hf_attn_moba"` in transformers.
 
-Importing this package registers the names `hf_attn_<mechanism>` and the `config.hf_attn` property, nothing else: no
-mechanism, compiler or further library is loaded before it is used.
+Importing this package registers the names `hf_attn_<mechanism>`, the `config.hf_attn` property and the model types of
+hf_attn.models, nothing else: no mechanism, model, compiler or further library is loaded before it is used.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hf_attn import models as _models
 from hf_attn.integrations.transformers import registration as _registration
 
 if TYPE_CHECKING:
     from hf_attn.analysis.snr import recommend
     from hf_attn.front import (
         apply,
+        convert,
         doctor,
         enable_continuous_batching,
         list_mechanisms,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 # Where each public name lives; it is imported when first asked for.
 _HOMES = {
     "apply": "hf_attn.front",
+    "convert": "hf_attn.front",
     "doctor": "hf_attn.front",
     "enable_continuous_batching": "hf_attn.front",
     "list_mechanisms": "hf_attn.front",
@@ -50,6 +53,7 @@ __all__ = [
     "Mechanism",
     "MechanismConfig",
     "apply",
+    "convert",
     "doctor",
     "enable_continuous_batching",
     "list_mechanisms",
@@ -88,3 +92,4 @@ def __dir__() -> list[str]:
 
 
 _registration.install()
+_models.install()

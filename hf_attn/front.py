@@ -25,6 +25,26 @@ def apply(target: Any, name: str, **options: Any) -> Any:
     return _integration(target, "apply").apply(target, name, **options)
 
 
+def convert(model_or_repo: Any, name: str, *, load: dict[str, Any] | None = None, **options: Any) -> Any:
+    """Turn a model into one with the new weights of system `name`; returns a model of a class of this package.
+
+    Args:
+        model_or_repo: a transformers causal language model, or a Hub id or folder of one, which is loaded straight into
+            the new class.
+        name: "moba": Llama, Qwen2, Qwen3 and Mistral with a key convolution.
+        load: arguments of `from_pretrained` for a Hub id or folder (`dtype`, `device_map`, `revision`, ...).
+        options: the system's options. For "moba" those of the mechanism, and `kconv_width` (odd, default 3).
+
+    The result saves, loads and pushes as `AutoModelForCausalLM` and gives the logits of the model it came from until it
+    is trained. A given model is left as it is, but both share their weights: training one changes the other, so drop
+    it. Raises TypeError for PEFT or compiled models and other objects, ValueError for unknown names, options, model
+    types, and for quantised or offloaded models.
+    """
+    from hf_attn.models.conversion import convert as run
+
+    return run(model_or_repo, name, load=load, **options)
+
+
 def remove(target: Any) -> Any:
     """Undo `apply`: everything as it was before. Returns `target`."""
     return _integration(target, "remove").remove(target)

@@ -58,3 +58,18 @@ def test_example(tiny_model, mechanism):
     )
     assert done.returncode == 0, done.stderr
     assert "layer 1: " in done.stdout and "sparse calls at density" in done.stdout
+
+
+def test_key_convolution_example(tiny_model, tmp_path):
+    command = [sys.executable, str(ROOT / "examples/moba_key_convolution.py"), "--model", tiny_model]
+    done = subprocess.run(
+        [*command, "--tokens", "300"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "by the new weights: 0.0e+00" in done.stdout and "MobaLlamaForCausalLM" in done.stdout
+    losses = [float(value) for value in re.findall(r"loss ([0-9.]+)", done.stdout)]
+    assert losses[2] < losses[0]

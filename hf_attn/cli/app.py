@@ -8,6 +8,7 @@ from hf_attn.cli.build_kernels import build_kernels
 from hf_attn.cli.demo import demo
 from hf_attn.cli.doctor import doctor
 from hf_attn.cli.listing import list_command
+from hf_attn.cli.recipe import recipe
 from hf_attn.cli.tune import tune
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.command("list")(list_command)
 app.command("doctor")(doctor)
 app.command("tune")(tune)
 app.command("build-kernels")(build_kernels)
+app.command("recipe", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(recipe)
 
 
 @app.callback(invoke_without_command=True)

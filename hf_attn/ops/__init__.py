@@ -15,6 +15,7 @@ from hf_attn.ops.backend import choose_path  # noqa: E402
 from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
 from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
+from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
 from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
 from hf_attn.ops.selection import select_blocks  # noqa: E402
 
@@ -23,6 +24,7 @@ __all__ = [
     "choose_path",
     "dense_attention",
     "key_block_major",
+    "key_convolution",
     "path_counts",
     "reset_path_counts",
     "routed_block_attention",

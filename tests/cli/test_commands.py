@@ -15,7 +15,7 @@ from hf_attn.cli.app import app
 run = CliRunner().invoke
 
 
-@pytest.mark.parametrize("command", ["demo", "list", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "list", "doctor", "recipe"])
 def test_help_has_an_example(command):
     result = run(app, [command, "--help"])
     assert result.exit_code == 0 and f"hf-attn {command}" in result.output
@@ -78,6 +78,7 @@ BAD = {
     "option without mechanism": (["doctor", "x", "-o", "top_k=3"], "--option needs --mechanism"),
     "no such model": (["doctor", "/no/such/folder"], "/no/such/folder"),
     "no such file": (["doctor", "/no/such/model.gguf"], "no such file"),
+    "no such recipe": (["recipe", "moba_pretrian"], "did you mean 'moba_pretrain'?"),
     "lengths": (["demo", "--lengths", "2k"], "--lengths must be comma-separated integers, got '2k'"),
     "short lengths": (["demo", "--lengths", "12"], "--lengths must be at least 256 tokens, got 12"),
 }

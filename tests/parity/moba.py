@@ -8,9 +8,6 @@ from torch import Tensor
 from hf_attn import ops
 from hf_attn.analysis.snr import failure_probability, required_snr, routing_snr
 
-# Results of the key convolution (spec 2.5) come with its conversion.
-NOT_YET = ("kconv_*",)
-
 
 def run(inputs: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """Results of one case; inputs are packed `[T, H, D]` with `cu_seqlens`, and `snr_in` rows (dmu, d, B, n, k)."""
@@ -40,8 +37,28 @@ def run(inputs: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
         )
     results["noncausal_out"], results["noncausal_lse"] = out[0].transpose(0, 1), lse[0].T
     results["noncausal_select"] = _select(free, num_blocks)
+    results.update(_key_convolution(inputs, size, top_k, num_blocks))
     results["snr_out"] = torch.stack([_snr(*row) for row in inputs["snr_in"].tolist()])
     return results
+
+
+def _key_convolution(inputs: dict[str, Tensor], size: int, top_k: int, num_blocks: int) -> dict[str, Tensor]:
+    """The same attention over convolved keys (spec 2.5), with gradients of the raw inputs and of the weight."""
+    packed = {"cu_seqlens_q": inputs["cu_seqlens"], "cu_seqlens_k": inputs["cu_seqlens"]}
+    query, key, value = (inputs[name].detach().transpose(0, 1)[None].clone().requires_grad_() for name in "qkv")
+    weight = inputs["kconv_weight"].detach().clone().requires_grad_()
+    keys = ops.key_convolution(key, weight, cu_seqlens=inputs["cu_seqlens"])
+    routes = ops.select_routes(query, keys, block_size=size, top_k=top_k, **packed)
+    out = ops.routed_block_attention(query, keys, value, routes, block_size=size, **packed)[0].transpose(0, 1)
+    (out * inputs["dout"]).sum().backward()
+    results = {
+        "kconv_k": keys[0].transpose(0, 1),
+        "kconv_out": out,
+        "kconv_select": _select(routes, num_blocks),
+        "kconv_dweight": weight.grad,
+    }
+    pairs = zip("qkv", (query, key, value), strict=True)
+    return results | {f"kconv_d{name}": tensor.grad[0].transpose(0, 1) for name, tensor in pairs}
 
 
 def _select(routes: Tensor, num_blocks: int) -> Tensor:

@@ -41,6 +41,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "exaone4": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "olmo3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "moba_hybrid": {"sliding_window": 4, "kconv_width": 3},
+    "moba_mistral": {"sliding_window": None},
     "mixtral": {"num_local_experts": 2, "sliding_window": None},
     "qwen2_moe": {
         "num_experts": 2,

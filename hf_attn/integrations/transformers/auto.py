@@ -1,0 +1,78 @@
+"""Auto classes find our models without any of them being imported before it is asked for.
+
+The public `register` methods take classes, so they would load every modelling file at `import hf_attn`. transformers
+itself goes by names and modules; this file is the only one that writes into those private tables. A version that has
+other tables gets the public calls instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model type: the module that has its classes (looked up when needed) and their names."""
+
+    model_type: str
+    module: str
+    config: str
+    model: str
+    causal_lm: str
+
+
+class _Lazy(ModuleType):
+    """A module that is imported when one of its attributes is first asked for."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self._target = target
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self._target), name)
+
+
+def register(family: Family) -> None:
+    """Teach AutoConfig, AutoModel and AutoModelForCausalLM a model type; harmless when repeated."""
+    if family.model_type in CONFIG_MAPPING:
+        return
+    mappings = [
+        (modeling_auto.MODEL_MAPPING, family.model),
+        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, family.causal_lm),
+    ]
+    if not _has_name_tables(CONFIG_MAPPING, *(mapping for mapping, _ in mappings)):
+        _register_classes(family)
+        return
+    module = _Lazy(family.module)
+    CONFIG_MAPPING._mapping[family.model_type] = family.config
+    CONFIG_MAPPING._modules[family.model_type] = module
+    for mapping, name in mappings:
+        mapping._config_mapping[family.model_type] = family.config
+        mapping._reverse_config_mapping[family.config] = family.model_type
+        mapping._model_mapping[family.model_type] = name
+        mapping._modules[family.model_type] = module
+
+
+def _has_name_tables(configs: object, *mappings: object) -> bool:
+    tables = ("_config_mapping", "_reverse_config_mapping", "_model_mapping", "_modules")
+    return all(hasattr(configs, name) for name in ("_mapping", "_modules")) and all(
+        hasattr(mapping, name) for mapping in mappings for name in tables
+    )
+
+
+def _register_classes(family: Family) -> None:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    module = importlib.import_module(family.module)
+    config = getattr(module, family.config)
+    AutoConfig.register(family.model_type, config)
+    AutoModel.register(config, getattr(module, family.model))
+    AutoModelForCausalLM.register(config, getattr(module, family.causal_lm))

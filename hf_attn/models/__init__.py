@@ -1,0 +1,25 @@
+"""Model families with weights of their own, and the conversions to them. Importing this imports none of them."""
+
+from __future__ import annotations
+
+from hf_attn.integrations.transformers.auto import Family, register
+
+_MOBA = "hf_attn.models.moba"
+
+# What AutoModel and AutoModelForCausalLM find after `import hf_attn`; each module exports the three classes by name.
+FAMILIES = (
+    Family("moba_llama", _MOBA, "MobaLlamaConfig", "MobaLlamaModel", "MobaLlamaForCausalLM"),
+    Family("moba_qwen2", _MOBA, "MobaQwen2Config", "MobaQwen2Model", "MobaQwen2ForCausalLM"),
+    Family("moba_qwen3", _MOBA, "MobaQwen3Config", "MobaQwen3Model", "MobaQwen3ForCausalLM"),
+    Family("moba_mistral", _MOBA, "MobaMistralConfig", "MobaMistralModel", "MobaMistralForCausalLM"),
+    Family("moba_hybrid", "hf_attn.models.moba_hybrid", "MobaHybridConfig", "MobaHybridModel", "MobaHybridForCausalLM"),
+)
+
+# Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).
+CONVERSIONS = {"moba": "hf_attn.models.moba.conversion"}
+
+
+def install() -> None:
+    """Register all families with the Auto classes; harmless when repeated."""
+    for family in FAMILIES:
+        register(family)

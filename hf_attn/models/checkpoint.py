@@ -1,0 +1,48 @@
+"""What makes a checkpoint of ours load anywhere: the thin file that leads from `trust_remote_code` to this package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+THIN_MODULE = "modeling_hf_attn"
+
+
+class ThinFileConfig:
+    """Mixin of our configs: `save_pretrained` also writes `modeling_hf_attn.py` and names it in `auto_map`.
+
+    The file holds three empty subclasses. Subclasses, not re-exports: transformers copies the source of whatever class
+    it saves, and would copy this package into the checkpoint. With hf-attn imported the file is not used at all.
+    """
+
+    # Module that exports the classes, and {Auto class: name}; AutoConfig is the class itself.
+    thin_module: ClassVar[str] = ""
+    thin_classes: ClassVar[dict[str, str]] = {}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *arguments: Any, **options: Any) -> Any:
+        """As in transformers, and the thin file."""
+        folder = Path(save_directory)
+        if not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{THIN_MODULE}.py").write_text(self.thin_file())
+        names = {"AutoConfig": type(self).__name__, **self.thin_classes}
+        self.auto_map = {auto: f"{THIN_MODULE}.{name}" for auto, name in names.items()}
+        return super().save_pretrained(save_directory, *arguments, **options)
+
+    def thin_file(self) -> str:
+        """Source of `modeling_hf_attn.py`."""
+        config = type(self).__name__
+        names = [config, *self.thin_classes.values()]
+        lines = [
+            '"""Code of this checkpoint: the installed package hf-attn (pip install hf-attn)."""',
+            "",
+            f"import {self.thin_module} as _hf_attn",
+            "",
+            "",
+            f"class {config}(_hf_attn.{config}):",
+            "    pass",
+        ]
+        for name in names[1:]:
+            lines += ["", "", f"class {name}(_hf_attn.{name}):", f"    config_class = {config}"]
+        return "\n".join(lines) + "\n"
