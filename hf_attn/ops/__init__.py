@@ -15,15 +15,31 @@ from hf_attn.ops.backend import choose_path  # noqa: E402
 from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
 from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
+from hf_attn.ops.pyramid import (  # noqa: E402
+    antidiagonal_importance,
+    assign_levels,
+    pyramid_attention,
+    pyramid_cost,
+    sampled_importance,
+    select_levels,
+    similarity_cap,
+)
 from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
 
 __all__ = [
+    "antidiagonal_importance",
+    "assign_levels",
     "block_sparse_attention",
     "choose_path",
     "dense_attention",
     "key_block_major",
     "path_counts",
+    "pyramid_attention",
+    "pyramid_cost",
     "reset_path_counts",
     "routed_block_attention",
+    "sampled_importance",
+    "select_levels",
     "select_routes",
+    "similarity_cap",
 ]
