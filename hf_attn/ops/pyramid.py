@@ -45,7 +45,7 @@ def pyramid_attention(
         key, value: `[B, Hkv, Nk, D]`, `[B, Hkv, Nk, Dv]`; `Hq % Hkv == 0`, `Dv` may differ from `D`.
         levels: uint8 `[B | 1, Hq | 1, ceil(Nq / block_q), ceil(Nk / block_k)]` of 0 (skip), 1, 2, 4 or 8; for packed or
             padded rows the first dimension may count sequences.
-        block_q: queries per block, >= 1; block_k: keys per block, a multiple of 8. Blocks start at the first real token.
+        block_q: queries per block, >= 1; block_k: keys per block, a multiple of 8; counted from the first real token.
         causal: query row r sees keys up to `r + Nk - Nq`, and a pooled key when its last member is one of them.
         scale: factor on the scores, default `D ** -0.5`.
         tail: how the partial last block is pooled: filled with its last token ("replicate", as released), or over its
@@ -271,7 +271,7 @@ def assign_levels(
     levels = selection.assign_levels(
         importance, list(bounds), mode=mode, min_full=min_full, align_divisor=align_divisor, visible=visible
     )
-    return selection.finish(levels, full, cap, visible)
+    return selection.finish(levels, full, None if cap is None else cap[:, :, None], visible)
 
 
 def similarity_cap(key: Tensor, *, block_k: int, thresholds: Sequence[float]) -> Tensor:
@@ -310,8 +310,8 @@ def check_rule(mode: str, bounds: Sequence[float], min_full: float, align_diviso
     numbers = [b for b in bounds if isinstance(b, int | float) and not isinstance(b, bool) and 0 <= b <= 1]
     if len(bounds) != 4 or len(numbers) != 4 or sorted(bounds) != list(bounds):
         raise ValueError(
-            f"bounds must be four rising numbers in [0, 1] for levels 1, 2, 4 and 8, got {list(bounds)}; repeat a bound "
-            "to leave a level empty"
+            f"bounds must be four rising numbers in [0, 1] for levels 1, 2, 4 and 8, got {list(bounds)}; repeat a "
+            "bound to leave a level empty"
         )
     if not 0 <= min_full <= 1:
         raise ValueError(f"min_full must be in [0, 1], got {min_full}")

@@ -38,6 +38,24 @@ def pool_sums(x: Tensor, block: int, tail: str) -> Tensor:
     return torch.cat(levels, -2)
 
 
+def write_pools(table: Tensor, x: Tensor, block: int, tail: str, members: Tensor | None) -> None:
+    """`pool_sums` of x [..., N, D], divided by `members` [n, 15 b / 8] if given, into table [..., n, 15 b / 8, >= D].
+
+    Sums are formed in fp32 (fp64). Writing in place spares the passes that joining and dividing whole tensors cost.
+    """
+    current, start, dim = pad_tokens(x, block, tail).unflatten(-2, (-1, block)), 0, x.shape[-1]
+    for level in LEVELS:
+        if level > 1:
+            even, odd = current[..., 0::2, :], current[..., 1::2, :]
+            current = even + odd if even.dtype in (torch.float32, torch.float64) else even.float() + odd.float()
+        target = table[..., start : start + block // level, :dim]
+        if members is None or level == 1:
+            target.copy_(current)
+        else:
+            target.copy_(current * (1 / members[:, start : start + block // level, None].to(current.dtype)))
+        start += block // level
+
+
 def pool_counts(length: int, block: int, tail: str, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
     """What every pool weighs in the softmax, and how many members its sum has: int64 [n, 15 b / 8] each.
 

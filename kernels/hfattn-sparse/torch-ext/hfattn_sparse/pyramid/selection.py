@@ -7,13 +7,13 @@ from torch import Tensor
 
 from .pooling import LEVELS, num_blocks, pad_tokens
 
-# Scores held at one time by an estimator.
-CHUNK_SCORES = 1 << 22
+# Scores formed at one time: they stay in a core's own cache.
+CHUNK_SCORES = 1 << 18
 # Tokens sampled of a block are one in this many.
 SAMPLE = 4
 NEG_INF = float("-inf")
 # Halvings of the interval in which `density` looks for its factor on the bounds.
-HALVINGS = 16
+HALVINGS = 14
 
 
 def choose_levels(
@@ -64,8 +64,9 @@ def choose_levels(
         cap = cap.repeat_interleave(query.shape[1] // key.shape[1], 1)
     rule = {"mode": mode, "min_full": min_full, "align_divisor": align_divisor, "visible": visible}
     if density is not None:
-        share = pair_counts(query.shape[2], key.shape[2], block_q, block_k, causal, device)
-        return fit_density(importance, bounds, density, share, full, cap, **rule)
+        pairs = pair_counts(query.shape[2], key.shape[2], block_q, block_k, causal, device)
+        return fit_density(importance, bounds, density, pairs, full, cap, **rule)
+    cap = None if cap is None else cap[:, :, None]
     return finish(assign_levels(importance, bounds, **rule), full, cap, visible)
 
 
@@ -95,11 +96,13 @@ def sampled_importance(
     """S_ij `[B, Hq, nq, nk]`, rows summing to 1: the largest (or mean) p over sampled tokens of blocks i and j.
 
     p is the softmax over all sampled keys ("softmax"), or exp(score - row maximum) ("rowmax"). fp32 (fp64 for fp64).
-    An offset past the end of a partial last block reads the last token.
+    An offset past the end of a partial last block reads the last token. Half precision rounds the scores.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads = query.shape[:2]
     ratio = heads // key.shape[1]
+    # Half precision only ranks samples: its own products are exact enough, and several times faster.
+    product = query.dtype if query.dtype in (torch.bfloat16, torch.float16) else dtype
     nq, nk = num_blocks(query.shape[2], block_q), num_blocks(key.shape[2], block_k)
     out = torch.empty(batch, heads, nq, nk, dtype=dtype, device=query.device)
     sq, sk = offsets_q.shape[2], offsets_k.shape[2]
@@ -108,11 +111,11 @@ def sampled_importance(
         for h in range(heads):
             # Keys by offset, then block: a reduction over offsets then runs along contiguous blocks.
             where = _sample_rows(offsets_k[b, h], nk, block_k, key.shape[2]).T.flatten()
-            keys = key[b, h // ratio, where].to(dtype).T
+            keys = key[b, h // ratio, where].to(product).T
             where = _sample_rows(offsets_q[b, h], nq, block_q, query.shape[2])
             for start in range(0, nq, step):
-                rows = query[b, h, where[start : start + step].flatten()].to(dtype) * scale
-                part = _block_scores((rows @ keys).view(-1, sk, nk), estimator, reduce)
+                rows = query[b, h, where[start : start + step].flatten()].to(dtype).mul_(scale)
+                part = _block_scores((rows.to(product) @ keys).to(dtype).view(-1, sk, nk), estimator, reduce)
                 part = part.view(-1, sq, nk)
                 out[b, h, start : start + step] = part.amax(1) if reduce == "max" else part.mean(1)
     return out.div_(out.sum(-1, keepdim=True))
@@ -131,7 +134,7 @@ def _block_scores(scores: Tensor, estimator: str, reduce: str) -> Tensor:
     if estimator == "rowmax" and reduce == "max":
         return best.sub_(top).exp_()
     weights = scores.sub_(top[:, None]).exp_()
-    total = weights.sum((1, 2))[:, None] if estimator == "softmax" else 1
+    total = weights.flatten(1).sum(1, keepdim=True) if estimator == "softmax" else 1
     return (best.sub_(top).exp_() if reduce == "max" else weights.mean(1)) / total
 
 
@@ -184,29 +187,33 @@ def assign_levels(
         align_divisor: round the number of blocks of a level to multiples of `ceil(level / align_divisor)`; 0 = not.
         visible: bool `[nq, nk]`, blocks a row may see; None = all.
     """
-    order = importance.argsort(dim=-1, descending=True, stable=True)
-    ranked = _ranked_levels(importance, order, bounds, mode, min_full, align_divisor, visible)
+    order, share, valid = _rank(importance, visible)
+    ranked = _ranked_levels(share, valid, bounds, mode, min_full, align_divisor)
     return torch.zeros_like(ranked).scatter_(-1, order, ranked)
 
 
-def _ranked_levels(importance, order, bounds, mode, min_full, align_divisor, visible) -> Tensor:
-    """Levels in the order of falling importance."""
+def _rank(importance: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks by falling importance, the share of the row's sum gathered so far, and how many blocks a row may see."""
+    order = importance.argsort(dim=-1, descending=True, stable=True)
     sums = importance.gather(-1, order).double().cumsum(-1)
-    share = sums / sums[..., -1:].clamp(min=1e-300)
-    blocks = importance.shape[-1]
-    valid = torch.full(importance.shape[-2:-1], blocks, device=importance.device)
+    valid = torch.full(importance.shape[-2:-1], importance.shape[-1], device=importance.device)
     if visible is not None:
         valid = visible.sum(-1)
+    return order, sums / sums[..., -1:].clamp(min=1e-300), valid
+
+
+def _ranked_levels(share: Tensor, valid: Tensor, bounds, mode: str, min_full: float, align_divisor: int) -> Tensor:
+    """Levels in the order of falling importance."""
     exact = valid.double()
-    ranked = torch.zeros(share.shape, dtype=torch.uint8, device=importance.device)
+    ranked = torch.zeros(share.shape, dtype=torch.uint8, device=share.device)
     if mode == "energybound":
         for level, bound in zip(LEVELS[::-1], reversed(bounds), strict=True):
             # A bound of 1 means every block, however its sum was rounded.
             reached = (share <= bound) | (torch.as_tensor(bound) >= 1)
             ranked.masked_fill_(reached & (share > 0), level)
         return ranked
-    position = torch.arange(blocks, device=importance.device)
-    ends, end = [], torch.zeros(share.shape[:-1], dtype=torch.int64, device=importance.device)
+    position = torch.arange(share.shape[-1], device=share.device)
+    ends, end = [], torch.zeros(share.shape[:-1], dtype=torch.int64, device=share.device)
     for level, bound in zip(LEVELS, bounds, strict=True):
         start = end
         if mode == "quantile":
@@ -265,12 +272,12 @@ def protected(
 
 
 def finish(levels: Tensor, full: Tensor | None, cap: Tensor | None, visible: Tensor | None) -> Tensor:
-    """Hide what is not visible, force what is protected, and cap the rest at what its keys allow."""
+    """Hide what is not visible, force what is protected, and cap the rest; all of them broadcast to the levels."""
     if visible is not None:
         levels = levels.masked_fill(~visible, 0)
     if full is not None:
         levels = levels.masked_fill(full, 1)
-    return levels if cap is None else torch.minimum(levels, cap[:, :, None])
+    return levels if cap is None else torch.minimum(levels, cap)
 
 
 def pair_counts(q_len: int, k_len: int, block_q: int, block_k: int, causal: bool, device) -> Tensor:
@@ -283,33 +290,46 @@ def pair_counts(q_len: int, k_len: int, block_q: int, block_k: int, causal: bool
     return out.index_add_(0, row // block_q, pairs)
 
 
-def cost(levels: Tensor, share: Tensor) -> Tensor:
-    """Pairs computed under these levels, a pooled key counting 1 / r, fp64 scalar."""
+def cost(levels: Tensor, pairs: Tensor) -> Tensor:
+    """Pairs computed under these levels, a pooled key counting 1 / r, fp64 scalar; `pairs` as from `pair_counts`."""
     inverse = torch.zeros(9, dtype=torch.float64, device=levels.device)
     inverse[list(LEVELS)] = torch.tensor([1 / level for level in LEVELS], dtype=torch.float64, device=levels.device)
-    return (inverse[levels.long()] * share).sum()
+    return (inverse[levels.long()] * pairs).sum()
 
 
-def fit_density(importance: Tensor, bounds: list[float], density: float, share: Tensor, full, cap, **rule) -> Tensor:
+def fit_density(
+    importance: Tensor,
+    bounds: list[float],
+    density: float,
+    pairs: Tensor,
+    full: Tensor | None,
+    cap: Tensor | None,
+    visible: Tensor | None,
+    **rule,
+) -> Tensor:
     """Levels whose cost is `density` of all pairs: bounds times a factor that bisection finds, at most 1 each."""
-    order = importance.argsort(dim=-1, descending=True, stable=True)
-    wanted = density * share.sum() * importance.shape[:-2].numel()
-    visible = rule["visible"]
+    order, share, valid = _rank(importance, visible)
+    wanted = density * pairs.sum() * importance.shape[:-2].numel()
+    # Everything in the order of importance, so that a step of the search moves nothing.
+    pairs, full, visible = (
+        None if x is None else x.expand(order.shape).gather(-1, order) for x in (pairs, full, visible)
+    )
+    if cap is not None:
+        cap = cap[:, :, None].expand(order.shape).gather(-1, order)
 
     def levels_at(factor: Tensor) -> Tensor:
         scaled = [(factor * bound).clamp(max=1.0) for bound in bounds]
-        ranked = _ranked_levels(importance, order, scaled, **rule)
-        return finish(torch.zeros_like(ranked).scatter_(-1, order, ranked), full, cap, visible)
+        return finish(_ranked_levels(share, valid, scaled, **rule), full, cap, visible)
 
     low = torch.zeros((), dtype=torch.float64, device=importance.device)
     high = torch.full_like(low, 1 / max(min(b for b in bounds if b > 0), 1e-3))
-    best, best_miss = levels_at(low), None
-    best_miss = (cost(best, share) - wanted).abs()
+    best = levels_at(low)
+    best_miss = (cost(best, pairs) - wanted).abs()
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         levels = levels_at(middle)
-        miss = cost(levels, share) - wanted
+        miss = cost(levels, pairs) - wanted
         low, high = torch.where(miss < 0, middle, low), torch.where(miss < 0, high, middle)
         best = torch.where(miss.abs() < best_miss, levels, best)
         best_miss = torch.minimum(miss.abs(), best_miss)
-    return best
+    return torch.zeros_like(best).scatter_(-1, order, best)
