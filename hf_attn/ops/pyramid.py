@@ -98,6 +98,7 @@ def select_levels(
     reduce: str = "max",
     stride: int = 8,
     seed: int = 0,
+    first_head: int = 0,
     min_full: float = 0.06,
     align_divisor: int = 0,
     similarity: Sequence[float] | None = None,
@@ -115,10 +116,12 @@ def select_levels(
         causal: antidiagonal importance, diagonal and first column at level 1, the future skipped; else sampled
             importance.
         estimator, reduce: of `sampled_importance`; stride: of `antidiagonal_importance`.
-        seed: of the sampled offsets; the global random state is not touched.
+        seed: of the sampled offsets; the global random state is not touched. `first_head` is the number of the first
+            query head in its layer: a head draws the same offsets however heads are spread over processes.
         similarity: thresholds of `similarity_cap`, or None.
         density: scale the bounds so that this share of the dense work remains (a key pooled by r counts 1 / r).
-        text_spans: `(start, stop)` of tokens that stay at full resolution, as keys for all and as queries to all.
+        text_spans: `(start, stop)` of tokens that stay at full resolution, as keys for all and as queries to all;
+            counted from the first real token, and cut at the last one.
         last_text_tokens: the last `ceil(last_text_tokens / block)` block rows and columns at level 1 (causal).
         tokens: layout of the rows.
 
@@ -134,8 +137,6 @@ def select_levels(
     if causal:
         check_causal(query, key, block_q, block_k, stride)
     index = resolve_tokens(query, key, tokens, None, None, None, None)
-    if index is not None and text_spans:
-        raise ValueError("text_spans needs full rows, but tokens describes padded or packed ones")
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
 
     from hf_attn.ops.hfattn_sparse.pyramid import op
@@ -152,6 +153,7 @@ def select_levels(
         reduce,
         stride,
         seed,
+        first_head,
         mode,
         [float(b) for b in bounds],
         min_full,
@@ -289,11 +291,22 @@ def similarity_cap(key: Tensor, *, block_k: int, thresholds: Sequence[float]) ->
         return selection.similarity_cap(key, block_k=block_k, thresholds=check_similarity(thresholds))
 
 
-def pyramid_cost(levels: Tensor, q_len: int, k_len: int, *, block_q: int, block_k: int, causal: bool) -> Tensor:
-    """Computed (query, key) pairs of levels `[..., nq, nk]`, a key pooled by r counting 1 / r; fp64, summed."""
-    from hf_attn.ops.hfattn_sparse.pyramid import selection
+def pyramid_pairs(
+    levels: Tensor, *, block_q: int, block_k: int, causal: bool, tokens: TokenLayout
+) -> tuple[Tensor, Tensor]:
+    """(query, key) pairs that levels compute, a key pooled by r counting 1 / r, and that dense attention would.
 
-    return selection.cost(levels, selection.pair_counts(q_len, k_len, block_q, block_k, causal, levels.device))
+    Args:
+        levels: uint8 `[B | sequences | 1, Hq | 1, nq, nk]` as `pyramid_attention` takes them; a dimension of 1 counts
+            once for heads, and once for each row it serves.
+        tokens: layout of the rows, as many queries as keys.
+
+    Returns:
+        Two fp64 scalars; their ratio is the density.
+    """
+    from hf_attn.ops.hfattn_sparse.pyramid import op
+
+    return op.count_pairs(levels, tokens.index, tokens.batch, tokens.q_len, tokens.k_len, block_q, block_k, causal)
 
 
 def check_blocks(block_q: int, block_k: int) -> None:

@@ -10,7 +10,7 @@ from ..counters import count
 from ..sequences import Sequence, split_sequences, take
 from . import reference, torch_path
 from .pooling import num_blocks
-from .selection import choose_levels
+from .selection import choose_levels, cost, pair_counts
 
 
 def run_reference(
@@ -140,6 +140,7 @@ def pyramid_levels(
     reduce: str,
     stride: int,
     seed: int,
+    first_head: int,
     mode: str,
     bounds: list[float],
     min_full: float,
@@ -170,6 +171,7 @@ def pyramid_levels(
             reduce=reduce,
             stride=stride,
             seed=seed,
+            first_head=first_head,
             mode=mode,
             bounds=bounds,
             min_full=min_full,
@@ -189,6 +191,22 @@ def _(query, key, index, block_q, block_k, *options):
     rows = query.shape[0] if index is None else torch.library.get_ctx().new_dynamic_size()
     shape = (rows, query.shape[1], num_blocks(query.shape[2], block_q), num_blocks(key.shape[2], block_k))
     return query.new_empty(shape, dtype=torch.uint8)
+
+
+def count_pairs(
+    levels: Tensor, index: Tensor | None, batch: int, q_len: int, k_len: int, block_q: int, block_k: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Pairs computed under the levels and pairs of dense attention, fp64 scalars; see `ops.pyramid_pairs`."""
+    computed, visible = (torch.zeros((), dtype=torch.float64, device=levels.device) for _ in range(2))
+    sequences = split_sequences(index, q_len, k_len, causal)
+    for s in sequences:
+        q, k = (len(range(n)[x]) if isinstance(x, slice) else len(x) for n, x in ((q_len, s.q), (k_len, s.k)))
+        pairs = pair_counts(q, k, block_q, block_k, causal, levels.device)
+        part = _levels_of(levels, s, len(sequences), batch)[:, :, : pairs.shape[0], : pairs.shape[1]]
+        rows = batch if s.batch == slice(None) else 1
+        computed += cost(part, pairs) * (rows / part.shape[0])
+        visible += pairs.sum() * rows * part.shape[1]
+    return computed, visible
 
 
 def _one_layout(sequences: list[Sequence]) -> bool:

@@ -11,6 +11,7 @@ from .pooling import LEVELS, num_blocks, pad_tokens
 CHUNK_SCORES = 1 << 18
 # Tokens sampled of a block are one in this many.
 SAMPLE = 4
+SEED_OF_HEAD = 49_979_687
 NEG_INF = float("-inf")
 # Halvings of the interval in which `density` looks for its factor on the bounds.
 HALVINGS = 14
@@ -28,6 +29,7 @@ def choose_levels(
     reduce: str,
     stride: int,
     seed: int,
+    first_head: int,
     mode: str,
     bounds: list[float],
     min_full: float,
@@ -52,7 +54,7 @@ def choose_levels(
         importance = antidiagonal_importance(query, key, block=block_k, stride=stride, scale=scale)
         visible = torch.ones(nq, nk, dtype=torch.bool, device=device).tril()
     else:
-        offsets = sample_offsets(query, block_q, block_k, seed)
+        offsets = sample_offsets(query, block_q, block_k, seed, first_head)
         importance = sampled_importance(
             query, key, *offsets, block_q=block_q, block_k=block_k, scale=scale, estimator=estimator, reduce=reduce
         )
@@ -70,15 +72,20 @@ def choose_levels(
     return finish(assign_levels(importance, bounds, **rule), full, cap, visible)
 
 
-def sample_offsets(query: Tensor, block_q: int, block_k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Offsets inside a block, int64 `[B, H, block / 4]` of queries and of keys, without repeats, from a generator."""
-    generator = torch.Generator().manual_seed(seed)
+def sample_offsets(query: Tensor, block_q: int, block_k: int, seed: int, first_head: int = 0) -> tuple[Tensor, Tensor]:
+    """Offsets inside a block, int64 `[B, H, block / 4]` of queries and of keys, without repeats.
 
-    def draw(block: int) -> Tensor:
-        order = torch.rand(*query.shape[:2], block, generator=generator).argsort(-1)
-        return order[..., : max(block // SAMPLE, 1)].to(query.device)
-
-    return draw(block_q), draw(block_k)
+    Every head has a generator of its own, so that its offsets do not depend on which other heads are here.
+    """
+    batch, heads = query.shape[:2]
+    drawn: tuple[list, list] = ([], [])
+    generator = torch.Generator()
+    for head in range(first_head, first_head + heads):
+        generator.manual_seed(seed + SEED_OF_HEAD * head)
+        for found, block in zip(drawn, (block_q, block_k), strict=True):
+            order = torch.rand(batch, block, generator=generator).argsort(-1)
+            found.append(order[:, : max(block // SAMPLE, 1)])
+    return tuple(torch.stack(found, 1).to(query.device) for found in drawn)
 
 
 def sampled_importance(
@@ -258,7 +265,7 @@ def protected(
         return None
     full = torch.zeros(nq, nk, dtype=torch.bool, device=device)
     for start, stop in zip(text[::2], text[1::2], strict=True):
-        if stop > start:
+        if stop > start:  # cut off at the last block by indexing
             full[start // block_q : num_blocks(stop, block_q)] = True
             full[:, start // block_k : num_blocks(stop, block_k)] = True
     if causal:
@@ -323,13 +330,13 @@ def fit_density(
 
     low = torch.zeros((), dtype=torch.float64, device=importance.device)
     high = torch.full_like(low, 1 / max(min(b for b in bounds if b > 0), 1e-3))
-    best = levels_at(low)
-    best_miss = (cost(best, pairs) - wanted).abs()
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
+    best, best_miss = None, None
+    for factor in (low, high, *[None] * HALVINGS):
+        middle = (low + high) / 2 if factor is None else factor
         levels = levels_at(middle)
         miss = cost(levels, pairs) - wanted
-        low, high = torch.where(miss < 0, middle, low), torch.where(miss < 0, high, middle)
-        best = torch.where(miss.abs() < best_miss, levels, best)
-        best_miss = torch.minimum(miss.abs(), best_miss)
+        if factor is None:
+            low, high = torch.where(miss < 0, middle, low), torch.where(miss < 0, high, middle)
+        best = levels if best is None else torch.where(miss.abs() < best_miss, levels, best)
+        best_miss = miss.abs() if best_miss is None else torch.minimum(miss.abs(), best_miss)
     return torch.zeros_like(best).scatter_(-1, order, best)
