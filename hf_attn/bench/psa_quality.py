@@ -57,7 +57,7 @@ def density(levels: Tensor, length: int, block_q: int, block_k: int) -> float:
 
 
 def compare(tensors: list[Tensor], wanted: float, grid: TokenGrid = GRID, block: int = BLOCK) -> dict[str, float]:
-    """Errors and realised densities of both; keep/drop takes whole blocks of every row, PSA is fitted to its density."""
+    """Errors and realised densities of both; keep/drop takes whole blocks of every row, PSA meets its density."""
     order = hilbert_permutation(grid)
     query, key, value = (order.apply(x) for x in tensors)
     rule = {"block_q": block, "block_k": block, "seed": 0}
@@ -65,8 +65,8 @@ def compare(tensors: list[Tensor], wanted: float, grid: TokenGrid = GRID, block:
     share = round(wanted * blocks) / blocks
     dropped = ops.select_levels(query, key, mode="quantile", bounds=[share + 1e-9] * 4, **rule)
     kept = density(dropped, grid.length, block, block)
-    mode, bounds = PSAConfig(density=kept).rule(causal=False)
-    levels = ops.select_levels(query, key, mode=mode, bounds=bounds, density=kept, **rule)
+    mode, bounds, wanted = PSAConfig(density=kept).rule(causal=False)
+    levels = ops.select_levels(query, key, mode=mode, bounds=bounds, density=wanted, **rule)
     return {
         "density": density(levels, grid.length, block, block),
         "keep/drop density": kept,
@@ -92,8 +92,8 @@ def golden(path: str) -> dict[str, dict[str, float]]:
     share = config["density"]["threshold"]
     dropped = ops.assign_levels(importance, mode="quantile", bounds=[share] * 4)
     length, kept = query.shape[2], density(dropped, query.shape[2], **sizes)
-    mode, ours = PSAConfig(density=kept).rule(causal=False)
-    fitted = ops.select_levels(query, key, mode=mode, bounds=ours, density=kept, **sizes)
+    mode, ours, wanted = PSAConfig(density=kept).rule(causal=False)
+    fitted = ops.select_levels(query, key, mode=mode, bounds=ours, density=wanted, **sizes)
     return {
         name: {
             "density": density(chosen, length, **sizes),

@@ -23,8 +23,10 @@ BOUNDS = {
     "quantile": (0.10, 0.15, 0.15, 0.35),
     "energybound": (0.7, 0.8, 0.9, 0.9),
 }
-# With a density to meet: their ratios count, and a last bound of 1 sees every block at least pooled where that fits.
-DENSITY_BOUNDS = {**BOUNDS, "threshold": (0.15, 0.3, 0.6, 1.0), "energybound": (0.15, 0.3, 0.6, 1.0)}
+# With a density to meet only their ratios count; a last bound of 1 sees every block, at least pooled, where that fits.
+DENSITY_BOUNDS = {**BOUNDS, "threshold": (0.15, 0.3, 0.6, 1.0)}
+# What layers that are not causal are fitted to when neither density nor bounds are given.
+DEFAULT_DENSITY = 0.25
 PREFILL_SIMILARITY = (0.75, 0.70, 0.70)
 # Far enough apart that layers, steps and heads never share a seed.
 _SEED_OF_LAYER, _SEED_OF_STEP = 15_485_863, 32_452_843
@@ -66,7 +68,8 @@ class PSAConfig(DiffusionConfig):
         mode: how importance becomes levels, "threshold", "quantile" or "energybound" (see `ops.assign_levels`). `None`
             is "threshold", in causal layers "energybound".
         bounds: four rising numbers in [0, 1] for levels 1, 2, 4, 8; `None` takes `BOUNDS[mode]`. With `density` they
-            are scaled by a common factor until the density is met, and `None` takes `DENSITY_BOUNDS[mode]`.
+            are scaled by a common factor until the density is met, and `None` takes `DENSITY_BOUNDS[mode]`. Layers
+            that are not causal are fitted to `DEFAULT_DENSITY` when neither is given.
         min_full: share of the blocks of a row that "threshold" keeps at level 1 at least.
         align_divisor: see `ops.assign_levels`; 0 = off.
         estimator, reduce: of the sampled importance, "softmax" or "rowmax", "max" or "mean".
@@ -101,7 +104,7 @@ class PSAConfig(DiffusionConfig):
             require_one_of("mode", self.mode, tuple(BOUNDS))
         if self.bounds is not None:
             self.bounds = list(self.bounds)
-        check_rule(*self.rule(causal=False), self.min_full, self.align_divisor)
+        check_rule(*self.rule(causal=False)[:2], self.min_full, self.align_divisor)
         require_one_of("estimator", self.estimator, ("softmax", "rowmax"))
         require_one_of("reduce", self.reduce, ("max", "mean"))
         require_int("seed", self.seed, 0)
@@ -134,12 +137,15 @@ class PSAConfig(DiffusionConfig):
     def keys_per_block(self) -> int:
         return self.block_size if self.block_k is None else self.block_k
 
-    def rule(self, causal: bool) -> tuple[str, Sequence[float]]:
-        """Mode and bounds."""
+    def rule(self, causal: bool) -> tuple[str, Sequence[float], float | None]:
+        """Mode, bounds, and the density that the bounds are fitted to."""
         mode = self.mode or ("energybound" if causal else "threshold")
+        density = self.density
+        if density is None and self.bounds is None and not causal:
+            density = DEFAULT_DENSITY
         if self.bounds is not None:
-            return mode, self.bounds
-        return mode, (BOUNDS if self.density is None else DENSITY_BOUNDS)[mode]
+            return mode, self.bounds, density
+        return mode, (BOUNDS if density is None else DENSITY_BOUNDS)[mode], density
 
 
 def attend(call: AttentionCall, config: PSAConfig) -> Tensor:
@@ -172,7 +178,7 @@ def attend(call: AttentionCall, config: PSAConfig) -> Tensor:
 
 def choose_levels(call: AttentionCall, config: PSAConfig, order: Permutation | None = None) -> Tensor:
     """Levels uint8 `[B | sequences, Hq, nq, nk]` of a call whose tokens are in the order in which they are cut."""
-    mode, bounds = config.rule(call.causal)
+    mode, bounds, density = config.rule(call.causal)
     similarity = config.similarity
     if similarity == "auto":
         similarity = PREFILL_SIMILARITY if call.causal else None
@@ -194,7 +200,7 @@ def choose_levels(call: AttentionCall, config: PSAConfig, order: Permutation | N
         min_full=config.min_full,
         align_divisor=config.align_divisor,
         similarity=similarity,
-        density=config.density,
+        density=density,
         text_spans=_text_spans(call.tokens.grid, order),
         last_text_tokens=config.text_length if call.causal else 0,
         tokens=call.tokens,

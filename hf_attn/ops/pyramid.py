@@ -119,7 +119,7 @@ def select_levels(
         seed: of the sampled offsets; the global random state is not touched. `first_head` is the number of the first
             query head in its layer: a head draws the same offsets however heads are spread over processes.
         similarity: thresholds of `similarity_cap`, or None.
-        density: scale the bounds so that this share of the dense work remains (a key pooled by r counts 1 / r).
+        density: scale the bounds so that, in every head, this share of the dense work remains (pooled by r: 1 / r).
         text_spans: `(start, stop)` of tokens that stay at full resolution, as keys for all and as queries to all;
             counted from the first real token, and cut at the last one.
         last_text_tokens: the last `ceil(last_text_tokens / block)` block rows and columns at level 1 (causal).

@@ -204,7 +204,7 @@ def count_pairs(
         pairs = pair_counts(q, k, block_q, block_k, causal, levels.device)
         part = _levels_of(levels, s, len(sequences), batch)[:, :, : pairs.shape[0], : pairs.shape[1]]
         rows = batch if s.batch == slice(None) else 1
-        computed += cost(part, pairs) * (rows / part.shape[0])
+        computed += cost(part, pairs).sum() * (rows / part.shape[0])
         visible += pairs.sum() * rows * part.shape[1]
     return computed, visible
 

@@ -14,7 +14,7 @@ SAMPLE = 4
 SEED_OF_HEAD = 49_979_687
 NEG_INF = float("-inf")
 # Halvings of the interval in which `density` looks for its factor on the bounds.
-HALVINGS = 14
+HALVINGS = 12
 
 
 def choose_levels(
@@ -118,10 +118,10 @@ def sampled_importance(
         for h in range(heads):
             # Keys by offset, then block: a reduction over offsets then runs along contiguous blocks.
             where = _sample_rows(offsets_k[b, h], nk, block_k, key.shape[2]).T.flatten()
-            keys = key[b, h // ratio, where].to(product).T
+            keys = key[b, h // ratio].index_select(0, where).to(product).T
             where = _sample_rows(offsets_q[b, h], nq, block_q, query.shape[2])
             for start in range(0, nq, step):
-                rows = query[b, h, where[start : start + step].flatten()].to(dtype).mul_(scale)
+                rows = query[b, h].index_select(0, where[start : start + step].flatten()).to(dtype).mul_(scale)
                 part = _block_scores((rows.to(product) @ keys).to(dtype).view(-1, sk, nk), estimator, reduce)
                 part = part.view(-1, sq, nk)
                 out[b, h, start : start + step] = part.amax(1) if reduce == "max" else part.mean(1)
@@ -160,8 +160,8 @@ def antidiagonal_importance(query: Tensor, key: Tensor, *, block: int, stride: i
     step = max(1, CHUNK_SCORES // (groups * per_block))
     for b in range(batch):
         for h in range(heads):
-            rows = pad_tokens(query[b, h], block, "exact").to(dtype).view(groups, stride, dim).flip(1).flatten(1)
-            keys = pad_tokens(key[b, h // ratio], block, "exact").to(dtype).view(groups, stride * dim)
+            rows = pad_tokens(query[b, h], block, "exact").to(dtype).reshape(groups, stride, dim).flip(1).flatten(1)
+            keys = pad_tokens(key[b, h // ratio], block, "exact").to(dtype).reshape(groups, stride * dim)
             for start in range(0, n, step):
                 stop = min(start + step, n)
                 at, end = slice(start * per_block, stop * per_block), stop * per_block
@@ -210,7 +210,7 @@ def _rank(importance: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, T
 
 
 def _ranked_levels(share: Tensor, valid: Tensor, bounds, mode: str, min_full: float, align_divisor: int) -> Tensor:
-    """Levels in the order of falling importance."""
+    """Levels in the order of falling importance; bounds are floats, or tensors `[B, H, 1, 1]` for bounds by head."""
     exact = valid.double()
     ranked = torch.zeros(share.shape, dtype=torch.uint8, device=share.device)
     if mode == "energybound":
@@ -224,7 +224,7 @@ def _ranked_levels(share: Tensor, valid: Tensor, bounds, mode: str, min_full: fl
     for level, bound in zip(LEVELS, bounds, strict=True):
         start = end
         if mode == "quantile":
-            end = (exact * bound).long().expand_as(start)
+            end = (exact * (bound[..., 0] if torch.is_tensor(bound) else bound)).long().expand_as(start)
         else:
             within = (share <= bound + 1e-6).sum(-1)
             end = torch.where(within > 0, within + 1, start)
@@ -298,10 +298,10 @@ def pair_counts(q_len: int, k_len: int, block_q: int, block_k: int, causal: bool
 
 
 def cost(levels: Tensor, pairs: Tensor) -> Tensor:
-    """Pairs computed under these levels, a pooled key counting 1 / r, fp64 scalar; `pairs` as from `pair_counts`."""
+    """Pairs computed under levels `[..., nq, nk]`, a pooled key counting 1 / r, fp64 `[...]`."""
     inverse = torch.zeros(9, dtype=torch.float64, device=levels.device)
     inverse[list(LEVELS)] = torch.tensor([1 / level for level in LEVELS], dtype=torch.float64, device=levels.device)
-    return (inverse[levels.long()] * pairs).sum()
+    return (inverse[levels.long()] * pairs).sum((-2, -1))
 
 
 def fit_density(
@@ -314,9 +314,12 @@ def fit_density(
     visible: Tensor | None,
     **rule,
 ) -> Tensor:
-    """Levels whose cost is `density` of all pairs: bounds times a factor that bisection finds, at most 1 each."""
+    """Levels whose cost is `density` of all pairs: bounds times a factor that bisection finds, at most 1 each.
+
+    Every head of every row has its own factor, so that it does not depend on what else is in the batch or the process.
+    """
     order, share, valid = _rank(importance, visible)
-    wanted = density * pairs.sum() * importance.shape[:-2].numel()
+    wanted = density * pairs.sum()
     # Everything in the order of importance, so that a step of the search moves nothing.
     pairs, full, visible = (
         None if x is None else x.expand(order.shape).gather(-1, order) for x in (pairs, full, visible)
@@ -328,13 +331,13 @@ def fit_density(
         scaled = [(factor * bound).clamp(max=1.0) for bound in bounds]
         return finish(_ranked_levels(share, valid, scaled, **rule), full, cap, visible)
 
-    low = torch.zeros((), dtype=torch.float64, device=importance.device)
+    low = torch.zeros(*importance.shape[:-2], 1, 1, dtype=torch.float64, device=importance.device)
     high = torch.full_like(low, 1 / max(min(b for b in bounds if b > 0), 1e-3))
     best, best_miss = None, None
     for factor in (low, high, *[None] * HALVINGS):
         middle = (low + high) / 2 if factor is None else factor
         levels = levels_at(middle)
-        miss = cost(levels, pairs) - wanted
+        miss = (cost(levels, pairs) - wanted)[..., None, None]
         if factor is None:
             low, high = torch.where(miss < 0, middle, low), torch.where(miss < 0, high, middle)
         best = levels if best is None else torch.where(miss.abs() < best_miss, levels, best)
