@@ -196,5 +196,3 @@ def _listen_to_setter() -> None:
             _AttentionBackendRegistry.set_active_backend(before)
 
     ModelMixin.set_attention_backend = set_attention_backend
-
-

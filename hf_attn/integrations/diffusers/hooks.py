@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch._dynamo.eval_frame
 from diffusers.hooks.hooks import BaseState, HookFunctionReference, HookRegistry, ModelHook, StateManager
 from torch import Tensor, nn
 
@@ -20,28 +21,37 @@ _NAME = "hf_attn_step"
 class GridHook:
     """A forward pre-hook that writes the grid of the running forward into `numbers`.
 
-    A plain hook of torch sees the inputs before any context parallelism splits them. It is part of whole-model compiled
-    graphs, where it may only do tensor work.
+    A plain hook of torch sees the inputs before any context parallelism splits them. Where a compiler traces through it
+    (a hook inside a model, a model inside a compiled function) it does tensor work only; the hook of a compiled model
+    itself runs as ordinary Python in front of the graph.
     """
 
     def __init__(self, state: PipelineState, row: ModelRow, module: nn.Module, numbers: Tensor) -> None:
         self.state, self.row, self.numbers = state, row, numbers
         self.names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self._read: tuple[Any, int, list[int]] | None = None
+        self._read: tuple[Any, Any, list[int]] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            self.traced(module, args, kwargs)
+        else:
+            self.eager(module, args, kwargs)
+
+    def traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The grid, as part of a graph."""
+        self._write(self.row.geometry(module.config, self._getter(args, kwargs)))
+
+    @torch.compiler.disable
+    def eager(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The grid, and whatever else Python can see."""
+        self._write(self._numbers(module, self._getter(args, kwargs)))
+
+    def _getter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def get(name: str) -> Any:
             where = self.names.index(name)
             return args[where] if where < len(args) else kwargs.get(name)
 
-        if torch.compiler.is_compiling():
-            self._write(self.row.geometry(module.config, get))
-        else:
-            self.before_forward(module, get)
-            self._write(self._numbers(module, get))
-
-    def before_forward(self, module: nn.Module, get: Any) -> None:
-        """Python work of eager calls; `RootHook` has some."""
+        return get
 
     def _write(self, numbers: list[int] | Tensor) -> None:
         if isinstance(numbers, Tensor):
@@ -83,13 +93,15 @@ class RootHook(GridHook):
         super().__init__(state, row, module, numbers)
         self.sites = sites
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The grid, where the model's own input tells it."""
         if self.row.grid_modules is None:
-            super().__call__(module, args, kwargs)
-        elif not torch.compiler.is_compiling():
-            self.before_forward(module, lambda name: kwargs.get(name))
+            super().traced(module, args, kwargs)
 
-    def before_forward(self, module: nn.Module, get: Any) -> None:
+    @torch.compiler.disable
+    def eager(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The grid, the step of a model without a pipeline, and whether our processors still stand."""
+        get = self._getter(args, kwargs)
         self.state.watch_scheduler()
         check_sites(module, self.sites, self.state)
         if self.state.scheduler is None and self.state.branch is None and not torch.is_grad_enabled():
@@ -97,6 +109,15 @@ class RootHook(GridHook):
             if timestep is not None:
                 # One timestep a token in image-to-video models: frames that are given have 0.
                 self.state.note_timestep(float(torch.as_tensor(timestep).max()))
+        if self.row.grid_modules is None:
+            self._write(self._numbers(module, get))
+
+
+# In front of a compiled model the hook is a frame of its own: leave it to Python, which sees more than a graph. Without
+# this (private) function the hook is a small graph before the model's.
+_skip_code = getattr(torch._dynamo.eval_frame, "skip_code", None)
+if _skip_code is not None:
+    _skip_code(GridHook.__call__.__code__)
 
 
 def check_sites(module: nn.Module, sites: list[str], state: PipelineState) -> list[str]:

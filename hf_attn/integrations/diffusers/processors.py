@@ -19,7 +19,9 @@ from hf_attn.integrations.diffusers.state import PipelineState, Site
 class _Frame(threading.local):
     """Which site is running in this thread."""
 
-    site: SiteProcessor | None = None
+    def __init__(self) -> None:
+        # Not a class attribute: compilers guard on where an attribute is found, and writing it would move it.
+        self.site: SiteProcessor | None = None
 
 
 FRAME = _Frame()
