@@ -201,6 +201,27 @@ def test_packed_rows_equal_separate_ones():
     assert_close(model(ids, position_ids=positions, use_cache=False).logits, want)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_padded_and_packed_rows_compile_to_one_graph(packed, sparse_path):
+    """The number of sequences of a packed row is only known when it runs."""
+    mechanism, config = MECHANISM, PSAConfig(bounds=(0.4, 0.5, 0.6, 0.8), **PREFILL)
+    bounds, starts = torch.tensor([0, 30, 50, 70]), torch.tensor([5, 0])
+    layout = TokenLayout.packed(bounds, bounds, 70, 70) if packed else TokenLayout.padded(starts, 70 - starts, 70, 70)
+    batch = layout.batch
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(batch, 4, 70, 12, generator=generator), torch.randn(batch, 2, 70, 12, generator=generator)
+
+    def run(query, key, index):
+        call = AttentionCall(query, key, key, 0.3, True, TokenLayout(batch, 70, 70, index), LayerContext())
+        return mechanism(call, config)
+
+    leaf = query.clone().requires_grad_()
+    out = torch.compile(run, fullgraph=True, backend="aot_eager")(leaf, key, layout.index)
+    torch.testing.assert_close(out, run(query, key, layout.index), **TOLERANCE)
+    out.sum().backward()
+    assert leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0
+
+
 def test_example(tiny_model):
     command = [
         sys.executable,
