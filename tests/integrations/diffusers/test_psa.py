@@ -1,4 +1,4 @@
-"""PSA in tiny Wan and CogVideoX pipelines: dense where asked, sparse with and without guidance, reported, repeatable."""
+"""PSA in tiny Wan and CogVideoX pipelines: dense where asked, sparse and counted with and without guidance."""
 
 from __future__ import annotations
 
