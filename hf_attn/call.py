@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn.grid import TokenGrid
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLayout:
@@ -26,6 +28,8 @@ class TokenLayout:
             sliding window of its own).
         dense: `None`, or the host's arbitrary mask `[batch | 1, heads | 1, q_len, k_len]`, bool (True = visible) or
             additive float. It already contains causality and padding; nothing else of this object is then meaningful.
+        grid: `None`, or the lattice the tokens lie on (diffusion models; `grid.length == q_len == k_len`). Tokens that
+            `index` calls not real lie beside the lattice.
     """
 
     batch: int
@@ -34,11 +38,16 @@ class TokenLayout:
     index: Tensor | None = None
     window: Tensor | None = None
     dense: Tensor | None = None
+    grid: TokenGrid | None = None
 
     @property
     def is_plain(self) -> bool:
         """True when there is nothing to say: full rows, bottom-right alignment, no window, no arbitrary mask."""
         return self.index is None and self.window is None and self.dense is None
+
+    def real_keys(self) -> Tensor | None:
+        """Which key slots are real, bool `[batch, k_len]`; `None` when all are."""
+        return None if self.index is None else self.index[:, 0, self.q_len :] >= 0
 
     @classmethod
     def full(cls, batch: int, q_len: int, k_len: int | None = None) -> TokenLayout:
@@ -167,7 +176,9 @@ class LayerContext:
         index, count: number of the attention layer, and of all of them; `None` when the host does not say.
         module: the host's attention module.
         cache: the host's cache layer when an integration hands one over.
-        step: denoising step of a diffusion model.
+        step, num_steps: denoising step of a diffusion model (from 0), and of how many; `None` when nobody tells.
+        timestep: the scheduler's value at this step.
+        head_offset: number of the call's first query head in the layer, where heads are spread over processes.
         training: the module's training flag.
         record: takes what happened, as keywords (`path`, `density`, `reason`, ...), for `hf_attn.stats`.
     """
@@ -177,6 +188,9 @@ class LayerContext:
     module: Any = None
     cache: Any = None
     step: int | None = None
+    num_steps: int | None = None
+    timestep: float | None = None
+    head_offset: int = 0
     training: bool = False
     record: Callable[..., None] = field(default=_drop)
 

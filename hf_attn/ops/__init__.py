@@ -16,18 +16,34 @@ from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
 from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
+from hf_attn.ops.pyramid import (  # noqa: E402
+    antidiagonal_importance,
+    assign_levels,
+    pyramid_attention,
+    pyramid_pairs,
+    sampled_importance,
+    select_levels,
+    similarity_cap,
+)
 from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
 from hf_attn.ops.selection import select_blocks  # noqa: E402
 
 __all__ = [
+    "antidiagonal_importance",
+    "assign_levels",
     "block_sparse_attention",
     "choose_path",
     "dense_attention",
     "key_block_major",
     "key_convolution",
     "path_counts",
+    "pyramid_attention",
+    "pyramid_pairs",
     "reset_path_counts",
     "routed_block_attention",
     "select_blocks",
+    "sampled_importance",
+    "select_levels",
     "select_routes",
+    "similarity_cap",
 ]

@@ -121,6 +121,8 @@ def test_checkpointing(case, sparse_path):
 
 def test_attended_rows_are_the_ones_read(case, sparse_path):
     """The analysis mask is exactly what the mechanism reads: dense attention under it gives the same output."""
+    if case.pools:
+        pytest.skip("pooled keys: tests/mechanisms/test_psa.py counts them")
     query, key, value = tensors(q_len=90)
     mechanism = get_mechanism(case.mechanism)
     config = mechanism.config.from_dict(case.options)
@@ -133,6 +135,8 @@ def test_attended_rows_are_the_ones_read(case, sparse_path):
 
 def test_reported_density_is_the_true_one(case, sparse_path):
     """`record` counts exactly the (query, key) pairs of the analysis mask."""
+    if case.pools:
+        pytest.skip("pooled keys: tests/mechanisms/test_psa.py counts them")
     from hf_attn.call import LayerContext
 
     query, key, value = tensors(q_len=90)
@@ -146,4 +150,6 @@ def test_reported_density_is_the_true_one(case, sparse_path):
     mask = mechanism.attended(call, config, torch.arange(90)).expand(2, 4, 90, 90)
     assert float(seen["computed"]) == int(mask.sum())
     assert float(seen["visible"]) == 2 * 4 * 90 * 91 / 2
-    assert mechanism.describe(config, 90, 90)["density"] == pytest.approx(int(mask.sum()) / (2 * 4 * 90 * 91 / 2))
+    told = mechanism.describe(config, 90, 90)["density"]
+    if told is not None:  # None: it depends on the input
+        assert told == pytest.approx(int(mask.sum()) / (2 * 4 * 90 * 91 / 2))

@@ -31,10 +31,10 @@ def test_round_trip(case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_layers(case):
-    config_class = get_mechanism(case.mechanism).config
-    config = config_class.from_dict({**case.options, "layers": {"::2": {"block_size": 4}, -1: None, "0": None}})
+    config_class, half = get_mechanism(case.mechanism).config, case.block_size // 2
+    config = config_class.from_dict({**case.options, "layers": {"::2": {"block_size": half}, -1: None, "0": None}})
     assert config.for_layer(0, 5) is None and config.for_layer(4, 5) is None
-    assert config.for_layer(2, 5).block_size == 4
+    assert config.for_layer(2, 5).block_size == half
     assert config.for_layer(1, 5).block_size == case.options["block_size"]
     assert config_class.from_dict(case.options).for_layer(None, None).block_size == case.options["block_size"]
     with pytest.raises(ValueError, match="no layer_idx"):

@@ -190,7 +190,10 @@ def test_apply_refuses_and_changes_nothing(case):
 
 
 def test_other_targets_raise_type_error():
-    with pytest.raises(TypeError, match="hf_attn.apply takes a transformers PreTrainedModel, got Linear"):
+    with pytest.raises(
+        TypeError,
+        match="hf_attn.apply takes a transformers PreTrainedModel, a diffusers pipeline or a diffusers model, got",
+    ):
         hf_attn.apply(torch.nn.Linear(2, 2), "moba")
     with pytest.raises(TypeError, match="before torch.compile"):
         hf_attn.stats(torch.compile(build("llama")))

@@ -1,0 +1,1 @@
+"""Attention over a pyramid of pooled keys: every (query block, key block) pair has its own resolution."""
