@@ -120,14 +120,14 @@ if _skip_code is not None:
     _skip_code(GridHook.__call__.__code__)
 
 
-def check_sites(module: nn.Module, sites: list[str], state: PipelineState) -> list[str]:
+def check_sites(module: nn.Module, sites: list[str], state: PipelineState, warn: bool = True) -> list[str]:
     """Paths of the sites where no processor of ours stands any more; warns once, naming what stands there."""
     lost = []
     for path in sites:
         processor = module.get_submodule(path).processor
         if not isinstance(processor, SiteProcessor) or processor.state is not state:
             lost.append(path)
-    if lost:
+    if lost and warn:
         culprit = type(module.get_submodule(lost[0]).processor).__name__
         state.warn_once(
             f"{len(lost)} of {len(sites)} attention processors of {type(module).__name__} were replaced by {culprit} "

@@ -33,7 +33,7 @@ class SiteProcessor:
     It names its site in `FRAME` and runs the stock code; the attention call inside then arrives at `site_call`, through
     the dispatcher of diffusers (`dispatched` classes) or from torch's SDPA function. Attributes of ours:
 
-        handle: int64 `[2]` on the CPU, slot of the state and number of the site. No buffer: `.to(device)` must leave it.
+        handle: int64 `[2]` on the CPU, slot of the state and number of the site. No buffer: `.to()` must leave it.
         numbers: int64 `[5]` on the CPU, the grid of the running forward; shared by the sites of a model.
         state, site, stock: the pipeline's state, this site's record, the processor that stood here before.
     """
