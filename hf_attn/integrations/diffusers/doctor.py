@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from os import PathLike
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from hf_attn.integrations.diffusers.geometry import resolve_grid
-from hf_attn.integrations.diffusers.hooks import check_sites
-from hf_attn.integrations.diffusers.model import Installed, installed_in, supported_models
+from hf_attn.integrations.diffusers.geometry import MODELS, resolve_grid
+from hf_attn.integrations.diffusers.hooks import RootHook, check_sites
+from hf_attn.integrations.diffusers.model import checked, installed_in, supported_models
 from hf_attn.integrations.diffusers.potential import Potential, Size, can_count, count_work, example_inputs
 from hf_attn.integrations.diffusers.stats import SiteStats
 from hf_attn.mechanism import DiffusionConfig
@@ -43,7 +47,7 @@ def doctor(
     """
     report = DoctorReport()
     models, installed = supported_models(target), installed_in(target)
-    size = _size(height, width, num_frames, probe)
+    size = _size(height, width, num_frames, needed=probe)
     if not installed:
         report.problems.append("no mechanism is set; call hf_attn.apply(pipe, name)")
     for component, (model, found) in installed.items():
@@ -56,6 +60,58 @@ def doctor(
         for component, model in models.items():
             predict(component or type(model).__name__, model, size, config, report, pipe=target)
     return report
+
+
+def doctor_repository(
+    repository: str | PathLike,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int = 1,
+    mechanism: str | None = None,
+    **options: Any,
+) -> DoctorReport:
+    """What a pipeline on the Hub or in a folder can gain: reads configurations only, never weights.
+
+    Args:
+        repository: Hub id or folder of a diffusers pipeline.
+        height, width, num_frames: size in pixels; needed.
+        mechanism, options: a mechanism to predict for.
+
+    Raises OSError when there is no such pipeline, TypeError when it has no supported model.
+    """
+    size = _size(height, width, num_frames, needed=True)
+    config = None if mechanism is None else checked(mechanism, options)[1]
+    index = DiffusionPipeline.load_config(repository)
+    report, found = DoctorReport(), False
+    for component, entry in index.items():
+        if isinstance(entry, list | tuple) and len(entry) == 2 and entry[1] in MODELS:
+            found = True
+            cls = getattr(diffusers, entry[1])
+            model = _empty(cls, repository, component)
+            predict(component, model, size, config, report, pipe=_scale_factors(repository, index))
+    if not found:
+        raise TypeError(
+            f"{repository} ({index.get('_class_name')}) has no model of a supported class; supported: "
+            f"{', '.join(MODELS)}"
+        )
+    return report
+
+
+def _empty(cls: type, repository: str | PathLike, component: str) -> nn.Module:
+    """A component without weights."""
+    with torch.device("meta"):
+        return cls.from_config(cls.load_config(repository, subfolder=component))
+
+
+def _scale_factors(repository: str | PathLike, index: dict[str, Any]) -> Any:
+    """What a pipeline would say of its VAE, as far as the VAE's configuration tells."""
+    library, name = index.get("vae") or (None, None)
+    if library != "diffusers" or name is None:
+        return None
+    config = getattr(diffusers, name).load_config(repository, subfolder="vae")
+    spatial, temporal = config.get("scale_factor_spatial"), config.get("scale_factor_temporal")
+    return SimpleNamespace(vae_scale_factor_spatial=spatial, vae_scale_factor_temporal=temporal)
 
 
 def predict(
@@ -74,8 +130,8 @@ def predict(
     work = count_work(model, size, pipe)
     told = ", ".join(f"{work.bound(density):.2f}x at density {density}" for density in DENSITIES)
     report.lines.append(
-        f"{name} at {size}: {work.tokens} tokens, attention is {work.share:.1%} of the denoiser's work; at most {told}, "
-        f"never more than {work.bound(0.0):.2f}x"
+        f"{name} at {size}: {work.tokens} tokens, attention is {work.share:.1%} of the denoiser's work; at most "
+        f"{told}, never more than {work.bound(0.0):.2f}x"
     )
     if config is not None and config.density is not None:
         share = config.dense_steps if isinstance(config.dense_steps, float) else 0.0
@@ -91,18 +147,16 @@ def predict(
     return work
 
 
-def _size(height: int | None, width: int | None, num_frames: int, probe: bool) -> Size | None:
-    if height is None and width is None:
-        if probe:
-            raise ValueError("probe=True needs a size: give height, width and, for a video, num_frames")
+def _size(height: int | None, width: int | None, num_frames: int, needed: bool) -> Size | None:
+    if height is None and width is None and not needed:
         return None
     for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+            raise ValueError(f"{name} must be an integer >= 1 (pixels, frames), got {value!r}")
     return Size(height, width, num_frames)
 
 
-def _check_installed(component: str, model: nn.Module, found: Installed, report: DoctorReport) -> None:
+def _check_installed(component: str, model: nn.Module, found: RootHook, report: DoctorReport) -> None:
     """Mechanism and options; processors that are gone; what ran so far."""
     state = found.state
     where = component or type(model).__name__
@@ -116,7 +170,7 @@ def _check_installed(component: str, model: nn.Module, found: Installed, report:
             f"{len(lost)} of {len(found.sites)} attention processors of {where} were replaced by {culprit}; call "
             "hf_attn.remove and hf_attn.apply again"
         )
-    sites = [site for site in state.sites if site.component == found.component]
+    sites = found.site_records()
     if sites and all(site.options is None for site in sites):
         report.problems.append(f"layers= leaves every layer of {where} dense, so {state.mechanism.name} does nothing")
     _tell_counts(where, sites, "so far", report)
@@ -135,9 +189,7 @@ def _tell_counts(where: str, sites: list[Any], when: str, report: DoctorReport) 
             report.lines.append(f"{when}: {count} calls {label}: {reason}")
 
 
-def _probe(
-    component: str, model: nn.Module, found: Installed, size: Size, target: Any, report: DoctorReport
-) -> None:
+def _probe(component: str, model: nn.Module, found: RootHook, size: Size, target: Any, report: DoctorReport) -> None:
     """One denoiser call at a late step; a problem when layers do not arrive."""
     where = component or type(model).__name__
     if not can_count(model):
@@ -152,7 +204,7 @@ def _probe(
         return torch.randn(shape, generator=generator).to(parameter)
 
     state = found.state
-    sites = [site for site in state.sites if site.component == found.component]
+    sites = found.site_records()
     kept = [site.stats for site in sites]
     for site in sites:
         site.stats = SiteStats()
@@ -175,7 +227,7 @@ def _probe(
             module.training = training
 
 
-def _tell_grid(sites: list[Any], model: nn.Module, found: Installed, report: DoctorReport) -> None:
+def _tell_grid(sites: list[Any], model: nn.Module, found: RootHook, report: DoctorReport) -> None:
     numbers = model.get_submodule(found.sites[0]).processor.numbers
     grid = resolve_grid(numbers.tolist(), sites[0].stats.q_len)
     if grid is not None:

@@ -1,7 +1,7 @@
-"""What sparse attention can gain at most for a model and a size: floating-point operations counted on the meta device.
+"""What sparse attention can gain at most for a model and a size: floating-point operations of an empty copy, counted.
 
-Amdahl: with a share `a` of the work in self-attention over the image or video, keeping a density `d` of it gives at most
-1 / (1 - a + a d). VAE and text encoders come on top and make the gain of a whole run smaller.
+Amdahl: with a share `a` of the work in self-attention over the image or video, keeping a density `d` of it gives at
+most 1 / (1 - a + a d). VAE and text encoders come on top and make the gain of a whole run smaller.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,17 +67,17 @@ def count_work(model: nn.Module, size: Size, pipe: Any = None) -> Potential:
     Args:
         pipe: its pipeline, for the scale factors of the VAE; without it those of the class's published models.
     """
-    with torch.device("meta"):
-        twin = type(model).from_config(dict(model.config)).eval()
 
     def make(*shape: int, dtype: torch.dtype = torch.float32, fill: float | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype)
 
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, _AttentionCount(twin) as attention:
-        twin(**example_inputs(twin, size, make, pipe), return_dict=False)
-    total = counter.get_total_flops() + attention.all
-    return Potential(size, attention.tokens, total, attention.sites)
+    # Fake tensors rather than the meta device: some models ask a tensor which device it is on.
+    with FakeTensorMode(), torch.no_grad():
+        twin = type(model).from_config(dict(model.config)).eval()
+        inputs = example_inputs(twin, size, make, pipe)
+        with FlopCounterMode(display=False) as counter, _AttentionCount(twin) as attention:
+            twin(**inputs, return_dict=False)
+    return Potential(size, attention.tokens, counter.get_total_flops() + attention.all, attention.sites)
 
 
 class _AttentionCount(TorchFunctionMode):
@@ -98,7 +99,7 @@ class _AttentionCount(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nonzero:
             # A model that drops padding: here nothing is padding.
-            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device="meta")
+            return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device=args[0].device)
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
         query, key, value = [*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])][:3]
@@ -254,8 +255,8 @@ def _last(c: Any) -> int:
     return dims[-1] if isinstance(dims, list | tuple) else dims
 
 
-# Class -> pixels per latent position, frames per latent frame, arguments. HunyuanVideo-1.5 branches on the values of its
-# image embedding, which the meta device does not have.
+# Class -> pixels per latent position, frames per latent frame, arguments. HunyuanVideo-1.5 is not here: it branches on
+# the values of its image embedding, which an empty copy does not have.
 _INPUTS: dict[str, tuple[int, int, Callable[..., dict[str, Any]]]] = {
     "WanTransformer3DModel": (8, 4, _wan),
     "CogVideoXTransformer3DModel": (8, 4, _cogvideox),

@@ -70,6 +70,7 @@ class PipelineState:
         self.slot = next(_slots)
         self.branch: str | None = None
         self.scheduler: Any = None
+        self.tensor_rank: dict[str, int] = {}
         self._owner = ref(owner)
         self._warned: set[str] = set()
         self._context_step: int | None = None
@@ -84,6 +85,11 @@ class PipelineState:
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineState:
         # A copied transformer belongs to the same denoising loop.
         return self
+
+    @property
+    def owner(self) -> Any:
+        """The pipeline or model of the `apply`, None when it is gone."""
+        return self._owner()
 
     def warn_once(self, message: str) -> None:
         """Warn, at most once for each message."""
@@ -157,7 +163,7 @@ class PipelineState:
 
     def watch_scheduler(self) -> None:
         """Listen to the pipeline's scheduler, also when another one took its place."""
-        owner = self._owner()
+        owner = self.owner
         scheduler = getattr(owner, "scheduler", None) if not isinstance(owner, nn.Module) else None
         if scheduler is self.scheduler:
             return

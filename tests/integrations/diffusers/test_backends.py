@@ -14,7 +14,8 @@ from diffusers.models.modeling_utils import ModelMixin
 
 import hf_attn
 from hf_attn.integrations.diffusers import register_backends, unregister_backends
-from tests.integrations.diffusers.tiny import SMALL, build, close
+from tests.integrations.diffusers.band import SMALL, close
+from tests.integrations.diffusers.tiny import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 
 import hf_attn
-from tests.integrations.diffusers.tiny import SMALL, build, close
+from tests.integrations.diffusers.band import SMALL, close
+from tests.integrations.diffusers.tiny import build
 
 
 def test_unsupported_targets():
