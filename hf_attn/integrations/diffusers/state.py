@@ -71,6 +71,7 @@ class PipelineState:
         self.branch: str | None = None
         self.scheduler: Any = None
         self.tensor_rank: dict[str, int] = {}
+        self.by_backend = False
         self._owner = ref(owner)
         self._warned: set[str] = set()
         self._context_step: int | None = None

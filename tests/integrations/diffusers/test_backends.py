@@ -72,7 +72,13 @@ def test_the_setter_of_diffusers_puts_a_mechanism_in(names, name):
     assert _AttentionBackendRegistry._active_backend == AttentionBackendName.NATIVE
     tiny.run()
     assert hf_attn.stats(tiny.model)["totals"]["calls"] == tiny.calls
-    hf_attn.remove(tiny.model)
+    tiny.model.set_attention_backend("hf_attn_band")
+    assert hf_attn.stats(tiny.model)["totals"]["calls"] == 0
+    tiny.model.reset_attention_backend()
+    assert hf_attn.stats(tiny.model)["mechanism"] is None
+    hf_attn.apply(tiny.model, "band")
+    tiny.model.reset_attention_backend()
+    assert hf_attn.stats(tiny.model)["mechanism"] == "band"  # it did not come with a backend name
 
 
 def test_a_model_without_our_sites_runs_native_attention(names):
