@@ -12,7 +12,7 @@ from hf_attn.integrations.diffusers import stats as counters
 from hf_attn.integrations.diffusers.backends import check_parallel
 from hf_attn.integrations.diffusers.geometry import MODELS, grid_modules, row_of, site_modules
 from hf_attn.integrations.diffusers.hooks import GridHook, RootHook, add_step_hook, remove_step_hook
-from hf_attn.integrations.diffusers.processors import SiteProcessor, set_processor, site_processor
+from hf_attn.integrations.diffusers.processors import SiteProcessor, can_stand_in, set_processor, site_processor
 from hf_attn.integrations.diffusers.state import PipelineState, Site
 from hf_attn.mechanism import DiffusionConfig, Mechanism, get_mechanism, mechanism_names
 
@@ -145,7 +145,13 @@ def _refuse(target: Any, models: dict[str, nn.Module], config: DiffusionConfig) 
     for model in models.values():
         sites = site_modules(model, row_of(model))
         config.check_layer_count(len(sites))
-        for attention in sites.values():
+        for path, attention in sites.items():
+            if not can_stand_in(type(attention.processor)):
+                raise ValueError(
+                    f"{path} has a {type(attention.processor).__name__}, which calls neither the attention dispatcher "
+                    "of diffusers nor scaled_dot_product_attention, so a mechanism would never be called; go back to "
+                    f"the processor that {type(model).__name__} has when it is loaded"
+                )
             parallel = getattr(attention.processor, "_parallel_config", None)
             if parallel is not None and parallel.context_parallel_config is not None:
                 check_parallel(parallel)

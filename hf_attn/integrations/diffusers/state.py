@@ -128,10 +128,10 @@ class PipelineState:
         if context is None:
             self.branch = self._context_step = self._context_steps = None
             return
-        self.branch = context.name
-        self._names[context.name] += 1
+        self.branch = getattr(context, "name", context)  # older versions of diffusers hand over the bare name
+        self._names[self.branch] += 1
         told = getattr(context, "step_index", None)
-        self._context_step = self._names[context.name] - 1 if told is None else told
+        self._context_step = self._names[self.branch] - 1 if told is None else told
         self._context_steps = getattr(context, "num_inference_steps", None)
 
     @contextmanager

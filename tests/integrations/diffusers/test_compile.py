@@ -158,6 +158,17 @@ def test_compiled_training(name):
     assert close(gradients() / eager.abs().max(), eager / eager.abs().max())
 
 
+def test_export_keeps_the_op():
+    tiny = build("wan", layers=1)
+    hf_attn.apply(tiny.model, "band", **SPARSE)
+    args = (torch.randn(1, 16, 2, 4, 6), torch.tensor([5]), torch.randn(1, 7, 16))
+    with torch.no_grad():
+        expected = tiny.model(*args, return_dict=False)[0]
+        exported = torch.export.export(tiny.model, args, {"return_dict": False}, strict=False)
+        assert torch.equal(exported.module()(*args, return_dict=False)[0], expected)
+    assert any("hf_attn.site_attention" in str(node.target) for node in exported.graph.nodes)
+
+
 def test_the_op_passes_torchs_own_checks():
     from hf_attn.integrations.diffusers.op import site_attention
 
