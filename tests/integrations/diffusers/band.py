@@ -1,4 +1,4 @@
-"""A mechanism with a fixed pattern for tiny pipelines, and what tests measure with."""
+"""A mechanism with a fixed pattern for tiny pipelines."""
 
 from __future__ import annotations
 
@@ -69,8 +69,3 @@ BAND = Mechanism(
 
 # Small enough that every tiny pipeline is really sparse.
 SMALL = {"min_tokens": 0, "dense_steps": 0, "block_size": 4}
-
-
-def close(got: Tensor, expected: Tensor, limit: float = 1e-5) -> bool:
-    """Whether the largest difference is at most `limit` of the largest value (or of 1)."""
-    return bool((got - expected).abs().max() <= limit * max(expected.abs().max().item(), 1.0))

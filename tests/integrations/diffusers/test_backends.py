@@ -14,8 +14,8 @@ from diffusers.models.modeling_utils import ModelMixin
 
 import hf_attn
 from hf_attn.integrations.diffusers import register_backends, unregister_backends
-from tests.integrations.diffusers.band import SMALL, close
-from tests.integrations.diffusers.tiny import build
+from tests.integrations.diffusers.band import SMALL
+from tests.integrations.diffusers.tiny import build, close
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import hf_attn
-from tests.integrations.diffusers.band import SMALL, close
-from tests.integrations.diffusers.tiny import PIPELINES, build
+from tests.integrations.diffusers.band import SMALL
+from tests.integrations.diffusers.tiny import PIPELINES, build, close
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SPARSE = {"density": 0.3, **SMALL}

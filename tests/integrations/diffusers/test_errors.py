@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 
 import hf_attn
-from tests.integrations.diffusers.band import SMALL, close
-from tests.integrations.diffusers.tiny import build
+from tests.integrations.diffusers.band import SMALL
+from tests.integrations.diffusers.tiny import build, close
 
 
 def test_unsupported_targets():

@@ -12,8 +12,8 @@ import torch
 
 import hf_attn
 from hf_attn.mechanism import observe
-from tests.integrations.diffusers.band import SMALL, close
-from tests.integrations.diffusers.tiny import PIPELINES, build
+from tests.integrations.diffusers.band import SMALL
+from tests.integrations.diffusers.tiny import PIPELINES, build, close
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DENSE = {"density": 1.0, **SMALL}

@@ -399,3 +399,8 @@ def build(name: str, **options: Any) -> Tiny:
             if isinstance(part, torch.nn.Module):
                 part.eval()
     return tiny
+
+
+def close(got: Tensor, expected: Tensor, limit: float = 1e-5) -> bool:
+    """Whether the largest difference is at most `limit` of the largest value (or of 1)."""
+    return bool((got - expected).abs().max() <= limit * max(expected.abs().max().item(), 1.0))
