@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import asdict, fields
+from os import PathLike
 from types import ModuleType
 from typing import Any
 
@@ -64,8 +65,14 @@ def reset_stats(target: Any) -> None:
 def doctor(target: Any, **options: Any) -> Any:
     """Is the mechanism really called, which path runs, what would be ignored? Returns a report: `.ok`, printable.
 
+    A string is a diffusers pipeline on the Hub or in a folder: only its configurations are read, to predict the gain.
+
     Options: see `doctor` of `hf_attn.integrations.transformers.doctor` and `hf_attn.integrations.diffusers.doctor`.
     """
+    if isinstance(target, str | PathLike):
+        from hf_attn.integrations.diffusers.doctor import doctor_repository
+
+        return doctor_repository(target, **options)
     # An adapter on a wrong base shows only from outside, so PEFT models are taken as they are.
     base = target.get_base_model() if hasattr(target, "get_base_model") else target
     return _integration(base, "doctor").doctor(target, **options)

@@ -17,10 +17,23 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_attn"
 
 # Room -> rooms of hf_attn it may import. `checks` imports nothing and serves everybody.
-EVERYTHING = {"grid", "call", "pattern", "ops", "caches", "mechanism", "mechanisms", "nn", "integrations", "models"}
+EVERYTHING = {
+    "grid",
+    "report",
+    "call",
+    "pattern",
+    "ops",
+    "caches",
+    "mechanism",
+    "mechanisms",
+    "nn",
+    "integrations",
+    "models",
+}
 MAY_IMPORT = {
     "checks": set(),
     "grid": set(),
+    "report": set(),
     "call": {"grid"},
     "pattern": set(),
     "ops": {"pattern", "call"},

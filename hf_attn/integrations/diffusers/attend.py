@@ -152,7 +152,7 @@ def _run(
         step=state.step,
         num_steps=state.num_steps,
         timestep=state.timestep,
-        head_offset=rank * heads,
+        head_offset=(rank or state.tensor_rank.get(site.component, 0)) * heads,
         training=torch.is_grad_enabled() and query.requires_grad,
         record=record,
     )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_attn.integrations.diffusers.attend import gradients
 from hf_attn.integrations.diffusers.dense import PREFIX, is_ours
+from hf_attn.integrations.diffusers.geometry import row_of
 from hf_attn.integrations.diffusers.processors import FRAME, is_self_attention, site_call
 from hf_attn.mechanism import get_mechanism, mechanism_names
 
@@ -125,7 +126,8 @@ def register_backends() -> list[str]:
     """Make `hf_attn_<mechanism>` a backend name of diffusers, for the rest of the process; returns the names.
 
     Afterwards `model.set_attention_backend("hf_attn_psa")` on a supported model does what `hf_attn.apply(model, "psa")`
-    does, and the names work in `attention_backend(...)`. Models without our sites run native attention under them.
+    does, until another backend is set or the backend is reset; the process-wide backend stays as it is. The names also
+    work in `attention_backend(...)`: models without our sites run native attention under them.
     Never called at import, harmless when repeated. Call it in every worker process that unpickles such a name.
 
     Raises ValueError when another package took a name.
@@ -167,32 +169,39 @@ def unregister_backends() -> None:
             table.pop(member, None)
         _AttentionBackendRegistry._supported_arg_names.pop(member, None)
         _AttentionBackendRegistry._supports_context_parallel.discard(name)
-    ModelMixin.set_attention_backend = getattr(
-        ModelMixin.set_attention_backend, "__wrapped__", ModelMixin.set_attention_backend
-    )
+    for method in ("set_attention_backend", "reset_attention_backend"):
+        setattr(ModelMixin, method, getattr(getattr(ModelMixin, method), "__wrapped__", getattr(ModelMixin, method)))
 
 
 def _listen_to_setter() -> None:
     """Old processors ignore a backend, and a dispatcher does not know its layer: the setter has to put sites in."""
     from diffusers.models.modeling_utils import ModelMixin
 
-    stock = ModelMixin.set_attention_backend
-    if hasattr(stock, "__wrapped__"):
+    from hf_attn.integrations.diffusers import model as verbs
+
+    if hasattr(ModelMixin.set_attention_backend, "__wrapped__"):
         return
+    setter, resetter = ModelMixin.set_attention_backend, ModelMixin.reset_attention_backend
 
-    @functools.wraps(stock)
+    def take_out(model: torch.nn.Module) -> None:
+        """A mechanism that came with a backend name goes with it."""
+        if row_of(model) is not None:
+            for _, root in verbs.installed_in(model).values():
+                if root.state.by_backend:
+                    verbs.remove(model)
+
+    @functools.wraps(setter)
     def set_attention_backend(self: torch.nn.Module, backend: str) -> None:
+        take_out(self)
         if not is_ours(backend.lower()):
-            return stock(self, backend)
-        from hf_attn.integrations.diffusers import model
+            return setter(self, backend)
+        verbs.apply(self, backend.lower().removeprefix(f"{PREFIX}_"))
+        verbs.installed_in(self)[""][1].state.by_backend = True
 
-        # The setter of diffusers changes the backend of the whole process; other models must not follow.
-        before = _AttentionBackendRegistry._active_backend
-        name = backend.lower().removeprefix(f"{PREFIX}_")
-        model.apply(self, name)
-        try:
-            stock(self, backend)
-        finally:
-            _AttentionBackendRegistry.set_active_backend(before)
+    @functools.wraps(resetter)
+    def reset_attention_backend(self: torch.nn.Module) -> None:
+        take_out(self)
+        return resetter(self)
 
     ModelMixin.set_attention_backend = set_attention_backend
+    ModelMixin.reset_attention_backend = reset_attention_backend

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_attn.integrations.diffusers.geometry import ModelRow
 from hf_attn.integrations.diffusers.processors import SiteProcessor
-from hf_attn.integrations.diffusers.state import PipelineState
+from hf_attn.integrations.diffusers.state import PipelineState, Site
 
 _NAME = "hf_attn_step"
 
@@ -85,13 +85,28 @@ class GridHook:
 
 
 class RootHook(GridHook):
-    """The hook of the model itself."""
+    """The hook of the model itself; a model that has one has a mechanism.
+
+    Args:
+        component: the model's name in its pipeline.
+        sites: paths of its self-attention modules.
+    """
 
     def __init__(
-        self, state: PipelineState, row: ModelRow, module: nn.Module, numbers: Tensor, sites: list[str]
+        self,
+        state: PipelineState,
+        row: ModelRow,
+        module: nn.Module,
+        numbers: Tensor,
+        component: str,
+        sites: list[str],
     ) -> None:
         super().__init__(state, row, module, numbers)
-        self.sites = sites
+        self.component, self.sites = component, sites
+
+    def site_records(self) -> list[Site]:
+        """The records of the model's sites, in order."""
+        return [site for site in self.state.sites if site.component == self.component]
 
     def traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The grid, where the model's own input tells it."""
@@ -104,6 +119,7 @@ class RootHook(GridHook):
         get = self._getter(args, kwargs)
         self.state.watch_scheduler()
         check_sites(module, self.sites, self.state)
+        self.state.tensor_rank[self.component] = _tensor_rank(module)
         if self.state.scheduler is None and self.state.branch is None and not torch.is_grad_enabled():
             timestep = get("timestep")
             if timestep is not None:
@@ -120,14 +136,20 @@ if _skip_code is not None:
     _skip_code(GridHook.__call__.__code__)
 
 
-def check_sites(module: nn.Module, sites: list[str], state: PipelineState) -> list[str]:
+def _tensor_rank(module: nn.Module) -> int:
+    """Which part of the heads this process has under tensor parallelism."""
+    parallel = getattr(getattr(module, "_parallel_config", None), "tensor_parallel_config", None)
+    return 0 if parallel is None else parallel._mesh.get_local_rank()
+
+
+def check_sites(module: nn.Module, sites: list[str], state: PipelineState, warn: bool = True) -> list[str]:
     """Paths of the sites where no processor of ours stands any more; warns once, naming what stands there."""
     lost = []
     for path in sites:
         processor = module.get_submodule(path).processor
         if not isinstance(processor, SiteProcessor) or processor.state is not state:
             lost.append(path)
-    if lost:
+    if lost and warn:
         culprit = type(module.get_submodule(lost[0]).processor).__name__
         state.warn_once(
             f"{len(lost)} of {len(sites)} attention processors of {type(module).__name__} were replaced by {culprit} "

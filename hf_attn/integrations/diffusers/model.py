@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -12,25 +10,11 @@ from torch import nn
 
 from hf_attn.integrations.diffusers import stats as counters
 from hf_attn.integrations.diffusers.backends import check_parallel
-from hf_attn.integrations.diffusers.geometry import MODELS, ModelRow, grid_modules, row_of, site_modules
+from hf_attn.integrations.diffusers.geometry import MODELS, grid_modules, row_of, site_modules
 from hf_attn.integrations.diffusers.hooks import GridHook, RootHook, add_step_hook, remove_step_hook
-from hf_attn.integrations.diffusers.processors import SiteProcessor, set_processor, site_processor
+from hf_attn.integrations.diffusers.processors import SiteProcessor, can_stand_in, set_processor, site_processor
 from hf_attn.integrations.diffusers.state import PipelineState, Site
 from hf_attn.mechanism import DiffusionConfig, Mechanism, get_mechanism, mechanism_names
-
-
-@dataclass
-class Installed:
-    """What `apply` put into one model."""
-
-    state: PipelineState
-    row: ModelRow
-    component: str
-    sites: list[str] = field(default_factory=list)
-    handles: list[Any] = field(default_factory=list)
-
-
-_INSTALLED: WeakKeyDictionary[nn.Module, Installed] = WeakKeyDictionary()
 
 
 def apply(target: Any, name: str, **options: Any) -> Any:
@@ -46,8 +30,8 @@ def apply(target: Any, name: str, **options: Any) -> Any:
     Raises, and changes nothing: TypeError for a model without supported class; ValueError for unknown names, options,
     values or layers, when a mechanism is applied already, and under ring attention.
     """
-    mechanism, config = _checked(name, options)
-    models = _models(target)
+    mechanism, config = checked(name, options)
+    models = supported_models(target)
     _refuse(target, models, config)
     state = PipelineState(mechanism, config, target)
     for component, model in models.items():
@@ -62,21 +46,22 @@ def remove(target: Any) -> Any:
 
     Does nothing to a target without a mechanism. A processor that somebody else put in meanwhile stays.
     """
-    for model in _models(target).values():
-        installed = _INSTALLED.pop(model, None)
-        if installed is None:
-            continue
-        for path in installed.sites:
+    for model, root in installed_in(target).values():
+        for path in root.sites:
             attention = model.get_submodule(path)
             ours = attention.processor
-            if isinstance(ours, SiteProcessor) and ours.state is installed.state:
+            if isinstance(ours, SiteProcessor) and ours.state is root.state:
                 _hand_back(ours)
                 set_processor(attention, ours.stock)
-        for handle in installed.handles:
-            handle.remove()
+        for module in model.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, GridHook) and hook.state is root.state:
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
         remove_step_hook(model)
-        if not any(other.state is installed.state for other in _INSTALLED.values()):
-            installed.state.forget_scheduler()
+        owner = root.state.owner
+        if owner is None or not installed_in(owner):
+            root.state.forget_scheduler()
     return target
 
 
@@ -92,14 +77,14 @@ def stats(target: Any) -> dict[str, Any]:
 
     `density` counts the calls whose mechanism reported pairs, not the dense ones. Compiled graphs count too.
     """
-    installed = {name: _INSTALLED[model] for name, model in _models(target).items() if model in _INSTALLED}
+    installed = {name: root for name, (_, root) in installed_in(target).items()}
     if not installed:
         return {"mechanism": None, "options": {}, "layers": {}, "totals": counters.totals({})}
-    state = next(iter(installed.values())).state
     first = next(iter(installed))
+    state = installed[first].state
     layers: dict[int | str, dict[str, Any]] = {}
-    for component, found in installed.items():
-        for site in (site for site in found.state.sites if site.component == found.component):
+    for component, root in installed.items():
+        for site in root.site_records():
             key = site.index if component == first else f"{component}.{site.index}"
             layers[key] = {"name": site.name, **site.stats.to_dict()}
     options = state.config.to_dict()
@@ -110,23 +95,23 @@ def stats(target: Any) -> dict[str, Any]:
 
 def reset_stats(target: Any) -> None:
     """Set all counters to zero."""
-    for model in _models(target).values():
-        if model in _INSTALLED:
-            for site in _INSTALLED[model].state.sites:
-                site.stats = counters.SiteStats()
+    for _, root in installed_in(target).values():
+        for site in root.site_records():
+            site.stats = counters.SiteStats()
 
 
-def installed_in(target: Any) -> dict[str, tuple[nn.Module, Installed]]:
-    """The models of `target` that have a mechanism, by component name."""
-    return {name: (model, _INSTALLED[model]) for name, model in _models(target).items() if model in _INSTALLED}
+def installed_in(target: Any) -> dict[str, tuple[nn.Module, RootHook]]:
+    """The models of `target` that have a mechanism, with the hook that knows all about it, by component name."""
+    found = {}
+    for name, model in supported_models(target).items():
+        root = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, RootHook)), None)
+        if root is not None:
+            found[name] = model, root
+    return found
 
 
-def supported_models(target: Any) -> dict[str, nn.Module]:
-    """The models of `target` that the table has, by component name ("" for a model itself)."""
-    return _models(target)
-
-
-def _checked(name: str, options: dict[str, Any]) -> tuple[Mechanism, DiffusionConfig]:
+def checked(name: str, options: dict[str, Any]) -> tuple[Mechanism, DiffusionConfig]:
+    """The mechanism and its checked options; ValueError for one that does not support diffusers."""
     mechanism = get_mechanism(name)
     if not mechanism.capabilities.diffusers:
         able = [n for n in mechanism_names() if get_mechanism(n).capabilities.diffusers]
@@ -136,7 +121,8 @@ def _checked(name: str, options: dict[str, Any]) -> tuple[Mechanism, DiffusionCo
     return mechanism, mechanism.config.from_dict(options)
 
 
-def _models(target: Any) -> dict[str, nn.Module]:
+def supported_models(target: Any) -> dict[str, nn.Module]:
+    """The models of `target` that the table has, by component name ("" for a model itself); TypeError without any."""
     if isinstance(target, DiffusionPipeline):
         components = target.components
     else:
@@ -151,15 +137,21 @@ def _models(target: Any) -> dict[str, nn.Module]:
 
 
 def _refuse(target: Any, models: dict[str, nn.Module], config: DiffusionConfig) -> None:
-    for component, model in models.items():
-        if model in _INSTALLED:
-            where = component or type(model).__name__
-            raise ValueError(
-                f"{where} already uses {_INSTALLED[model].state.mechanism.name!r}; call hf_attn.remove(...) first"
-            )
+    for component, (model, root) in installed_in(target).items():
+        raise ValueError(
+            f"{component or type(model).__name__} already uses {root.state.mechanism.name!r}; call "
+            "hf_attn.remove(...) first"
+        )
+    for model in models.values():
         sites = site_modules(model, row_of(model))
         config.check_layer_count(len(sites))
-        for attention in sites.values():
+        for path, attention in sites.items():
+            if not can_stand_in(type(attention.processor)):
+                raise ValueError(
+                    f"{path} has a {type(attention.processor).__name__}, which calls neither the attention dispatcher "
+                    "of diffusers nor scaled_dot_product_attention, so a mechanism would never be called; go back to "
+                    f"the processor that {type(model).__name__} has when it is loaded"
+                )
             parallel = getattr(attention.processor, "_parallel_config", None)
             if parallel is not None and parallel.context_parallel_config is not None:
                 check_parallel(parallel)
@@ -167,13 +159,11 @@ def _refuse(target: Any, models: dict[str, nn.Module], config: DiffusionConfig) 
 
 def _install(model: nn.Module, state: PipelineState, component: str, prefix: str) -> None:
     row = row_of(model)
-    installed = Installed(state, row, component)
     numbers: dict[str, torch.Tensor] = {}
     for path, module in grid_modules(model, row).items():
         numbers[path] = torch.zeros(5, dtype=torch.int64)
         if path:
-            hook = GridHook(state, row, module, numbers[path])
-            installed.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            module.register_forward_pre_hook(GridHook(state, row, module, numbers[path]), with_kwargs=True)
     sites = site_modules(model, row)
     for index, (path, attention) in enumerate(sites.items()):
         options = state.config.for_layer(index, len(sites))
@@ -181,11 +171,9 @@ def _install(model: nn.Module, state: PipelineState, component: str, prefix: str
         state.sites.append(site)
         owner = max((name for name in numbers if path.startswith(name)), key=len)
         set_processor(attention, site_processor(attention.processor, state, site, numbers[owner]))
-        installed.sites.append(path)
-    root = RootHook(state, row, model, numbers.get("", torch.zeros(5, dtype=torch.int64)), installed.sites)
-    installed.handles.append(model.register_forward_pre_hook(root, with_kwargs=True))
+    root = RootHook(state, row, model, numbers.get("", torch.zeros(5, dtype=torch.int64)), component, list(sites))
+    model.register_forward_pre_hook(root, with_kwargs=True)
     add_step_hook(model, state)
-    _INSTALLED[model] = installed
 
 
 def _hand_back(ours: SiteProcessor) -> None:

@@ -64,7 +64,11 @@ def site_gradients(
     ranks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `site_attention` in query, key and value."""
-    found = gradients(query, key, value, mask, handle, numbers, grad, scale, rank, ranks)
+    # Inside an op autograd is switched off below the level that `enable_grad` reaches.
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    excluded = excluded.remove(torch._C.DispatchKey.AutogradFunctionality)
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        found = gradients(query, key, value, mask, handle, numbers, grad, scale, rank, ranks)
     return tuple(x.contiguous() for x in found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import threading
 from typing import Any
 
@@ -33,7 +34,7 @@ class SiteProcessor:
     It names its site in `FRAME` and runs the stock code; the attention call inside then arrives at `site_call`, through
     the dispatcher of diffusers (`dispatched` classes) or from torch's SDPA function. Attributes of ours:
 
-        handle: int64 `[2]` on the CPU, slot of the state and number of the site. No buffer: `.to(device)` must leave it.
+        handle: int64 `[2]` on the CPU, slot of the state and number of the site. No buffer: `.to()` must leave it.
         numbers: int64 `[5]` on the CPU, the grid of the running forward; shared by the sites of a model.
         state, site, stock: the pipeline's state, this site's record, the processor that stood here before.
     """
@@ -144,6 +145,14 @@ def site_class(base: type) -> type:
     made = type(f"HfAttn{base.__name__}", (SiteProcessor, base), members)
     _tell_guiders(base, made)
     return made
+
+
+def can_stand_in(base: type) -> bool:
+    """Whether the attention call of a stock processor class can be led to a mechanism."""
+    code = getattr(inspect.unwrap(base.__call__), "__code__", None)
+    return hasattr(base, "_attention_backend") or (
+        code is not None and scaled_dot_product_attention.__name__ in code.co_names
+    )
 
 
 def site_processor(stock: Any, state: PipelineState, site: Site, numbers: Tensor) -> SiteProcessor:

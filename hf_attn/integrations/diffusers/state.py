@@ -6,6 +6,8 @@ import functools
 import itertools
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary, ref
@@ -16,6 +18,7 @@ from hf_attn.integrations.diffusers.geometry import ModelRow
 from hf_attn.integrations.diffusers.stats import SiteStats
 from hf_attn.mechanism import DiffusionConfig, Mechanism
 
+_PROBE_STEPS = 1000
 _slots = itertools.count()
 # Compiled graphs carry only a slot number; a state lives as long as the models that hold it.
 _STATES: WeakValueDictionary[int, PipelineState] = WeakValueDictionary()
@@ -67,6 +70,8 @@ class PipelineState:
         self.slot = next(_slots)
         self.branch: str | None = None
         self.scheduler: Any = None
+        self.tensor_rank: dict[str, int] = {}
+        self.by_backend = False
         self._owner = ref(owner)
         self._warned: set[str] = set()
         self._context_step: int | None = None
@@ -81,6 +86,11 @@ class PipelineState:
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineState:
         # A copied transformer belongs to the same denoising loop.
         return self
+
+    @property
+    def owner(self) -> Any:
+        """The pipeline or model of the `apply`, None when it is gone."""
+        return self._owner()
 
     def warn_once(self, message: str) -> None:
         """Warn, at most once for each message."""
@@ -118,11 +128,21 @@ class PipelineState:
         if context is None:
             self.branch = self._context_step = self._context_steps = None
             return
-        self.branch = context.name
-        self._names[context.name] += 1
+        self.branch = getattr(context, "name", context)  # older versions of diffusers hand over the bare name
+        self._names[self.branch] += 1
         told = getattr(context, "step_index", None)
-        self._context_step = self._names[context.name] - 1 if told is None else told
+        self._context_step = self._names[self.branch] - 1 if told is None else told
         self._context_steps = getattr(context, "num_inference_steps", None)
+
+    @contextmanager
+    def at_last_step(self) -> Iterator[None]:
+        """Pretend that a long run is at its end, for a probe; the run that is really going on is not disturbed."""
+        kept = self.branch, self._context_step, self._context_steps, self._last_timestep, self._timestep_step
+        self.branch, self._context_step, self._context_steps = "probe", _PROBE_STEPS - 1, _PROBE_STEPS
+        try:
+            yield
+        finally:
+            self.branch, self._context_step, self._context_steps, self._last_timestep, self._timestep_step = kept
 
     def restart(self) -> None:
         """A run ends or begins: count from 0 again."""
@@ -144,7 +164,7 @@ class PipelineState:
 
     def watch_scheduler(self) -> None:
         """Listen to the pipeline's scheduler, also when another one took its place."""
-        owner = self._owner()
+        owner = self.owner
         scheduler = getattr(owner, "scheduler", None) if not isinstance(owner, nn.Module) else None
         if scheduler is self.scheduler:
             return

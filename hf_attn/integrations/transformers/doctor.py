@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from os import PathLike
 from typing import Any
@@ -21,29 +21,9 @@ from hf_attn.integrations.transformers.attention import Resolved, watching
 from hf_attn.integrations.transformers.config import PREFIX, mechanism_of
 from hf_attn.integrations.transformers.registration import attention_is_registered, is_registered
 from hf_attn.integrations.transformers.stats import model_stats, separate_stats
+from hf_attn.report import DoctorReport
 
 LENGTHS = (4096, 32768, 131072)
-
-
-@dataclass
-class DoctorReport:
-    """What `doctor` found. Print it; `ok` is True when `problems` is empty.
-
-    `plotted_layer` is the number of the layer in the picture, when one was drawn.
-    """
-
-    lines: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    plotted_layer: int | None = None
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def __str__(self) -> str:
-        verdict = "ok" if self.ok else f"{len(self.problems)} problem(s)"
-        problems = [f"  PROBLEM: {problem}" for problem in self.problems]
-        return "\n".join([f"hf_attn doctor: {verdict}", *problems, *(f"  {line}" for line in self.lines)])
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import hf_attn
-from tests.integrations.diffusers.tiny import BAND
+from tests.integrations.diffusers.band import BAND
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, UNet2DModel
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 
 import hf_attn
-from tests.integrations.diffusers.tiny import SMALL, build, close
+from tests.integrations.diffusers.band import SMALL
+from tests.integrations.diffusers.tiny import build, close
 
 
 def test_unsupported_targets():
@@ -135,3 +136,10 @@ def test_dropout_is_refused():
     q = torch.randn(1, 1, 8, 4)
     with pytest.raises(ValueError, match="does not support attention dropout, got dropout_p=0.1"):
         site_call(site, q, q, q, None, 0.1, None)
+
+
+def test_a_processor_without_sdpa_is_refused():
+    tiny = build("pixart")
+    tiny.model.set_default_attn_processor()
+    with pytest.raises(ValueError, match="has a AttnProcessor, which calls neither the attention dispatcher"):
+        hf_attn.apply(tiny.target, "band")

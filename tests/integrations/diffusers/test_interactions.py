@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import hf_attn
-from tests.integrations.diffusers.tiny import PIPELINES, SMALL, build, close
+from hf_attn.mechanism import observe
+from tests.integrations.diffusers.band import SMALL
+from tests.integrations.diffusers.tiny import PIPELINES, build, close
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DENSE = {"density": 1.0, **SMALL}
@@ -124,6 +126,33 @@ def test_a_deep_copied_model_keeps_its_mechanism_and_its_own_grid(name):
     assert len(ours) == tiny.sites and not {id(p.numbers) for p in ours} & {id(p.numbers) for p in theirs}
     if name != "sdxl":
         assert len({id(p.numbers) for p in ours}) == 1
+
+
+def test_a_copy_can_be_freed_alone():
+    tiny = build("dit")
+    stock = tiny.run()
+    hf_attn.apply(tiny.target, "band", **SPARSE)
+    twin = copy.deepcopy(tiny.model)
+    assert hf_attn.remove(twin) is twin
+    assert hf_attn.stats(twin)["mechanism"] is None
+    assert hf_attn.stats(tiny.target)["mechanism"] == "band"
+    tiny.run()
+    assert hf_attn.stats(tiny.target)["totals"]["sparse_calls"] == tiny.calls
+    tiny.target.transformer = twin
+    assert torch.equal(tiny.run(), stock)
+
+
+def test_tensor_parallelism_tells_which_heads_a_process_has():
+    from types import SimpleNamespace
+
+    tiny = build("wan")
+    hf_attn.apply(tiny.target, "band", **SPARSE)
+    mesh = SimpleNamespace(get_local_rank=lambda: 3)
+    tiny.model._parallel_config = SimpleNamespace(tensor_parallel_config=SimpleNamespace(_mesh=mesh))
+    seen = []
+    with observe(lambda mechanism, call, config: seen.append(call.layer.head_offset)):
+        tiny.run()
+    assert set(seen) == {3 * 2}
 
 
 def test_saving_leaves_no_trace(tmp_path):

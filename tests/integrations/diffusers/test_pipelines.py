@@ -9,7 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hf_attn
 from hf_attn.mechanism import observe
-from tests.integrations.diffusers.tiny import PIPELINES, SMALL, attended, build, close
+from tests.integrations.diffusers.band import SMALL, attended
+from tests.integrations.diffusers.tiny import PIPELINES, build, close
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

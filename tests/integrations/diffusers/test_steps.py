@@ -10,7 +10,8 @@ import torch
 
 import hf_attn
 from hf_attn.mechanism import observe
-from tests.integrations.diffusers.tiny import SMALL, build, close
+from tests.integrations.diffusers.band import SMALL
+from tests.integrations.diffusers.tiny import build, close
 
 ALWAYS = {"min_tokens": 0, "block_size": 4, "density": 0.3}
 
