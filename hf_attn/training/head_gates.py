@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hf_attn.call import AttentionCall
 from hf_attn.checks import require_int
-from hf_attn.mechanism import Capabilities, Mechanism, MechanismConfig
-from hf_attn.ops import dense_attention, gated_streaming_attention, sink_window_attention
+from hf_attn.mechanism import Capabilities, Mechanism, MechanismConfig, get_mechanism
+from hf_attn.ops import dense_attention, gated_streaming_attention
 
 MODES = ("teacher", "student", "deployed")
 
@@ -21,8 +21,8 @@ class TwoWayAttention:
 
     In a teacher pass every layer runs dense and its attention output is kept. In the student pass that follows on the
     same batch a layer gives `alpha * full + (1 - alpha) * streaming`: `full` is what the teacher kept, `streaming` comes
-    from the student's own hidden states. In deployed passes a head is one or the other, as it will be in use: heads with
-    a gate >= 0.5 are dense, the others stream.
+    from the student's own hidden states. In deployed passes the layer is that of LServe: heads with a gate >= 0.5 are
+    dense, the others stream.
 
     Args:
         gates: `[layers, Hkv]`, one a KV head, in [0, 1].
@@ -72,33 +72,13 @@ class TwoWayAttention:
         if self._mode == "teacher":
             self._full[layer] = dense_attention(call).detach()
             return self._full[layer]
-        alpha = self.gates[layer].to(call.query.device)
         if self._mode == "deployed":
-            return mixed_attention(call, alpha >= 0.5, self.sink, self.local)
+            heads = (self.gates[layer : layer + 1] >= 0.5).int().tolist()
+            lserve = get_mechanism("lserve")
+            return lserve.attend(call, lserve.config(heads=heads, ctx_sink=self.sink, ctx_local=self.local))
+        alpha = self.gates[layer].to(call.query.device)
         options = {"sinks": self.sink, "window": self.local, "scale": call.scale}
         return gated_streaming_attention(call.query, call.key, call.value, alpha, full=self._full[layer], **options)
-
-
-def mixed_attention(call: AttentionCall, retrieval: Tensor, sink: int, local: int) -> Tensor:
-    """Dense attention for the KV heads of `retrieval` (bool `[Hkv]`), sink and window for the others; causal.
-
-    Returns `[B, Hq, N, Dv]`.
-    """
-    group = call.query.shape[1] // call.key.shape[1]
-    out = call.query.new_empty(*call.query.shape[:3], call.value.shape[3])
-    for dense in (True, False):
-        heads = (retrieval == dense).nonzero()[:, 0]
-        if not heads.numel():
-            continue
-        rows = (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
-        parts = call.query[:, rows], call.key[:, heads], call.value[:, heads]
-        if dense:
-            out[:, rows] = torch.nn.functional.scaled_dot_product_attention(
-                *parts, is_causal=True, scale=call.scale, enable_gqa=group > 1
-            )
-        else:
-            out[:, rows] = sink_window_attention(*parts, sinks=sink, window=local, scale=call.scale)
-    return out
 
 
 def distillation_loss(teacher: Tensor, student: Tensor, labelled: Tensor) -> Tensor:
