@@ -58,7 +58,6 @@ class LServeStore(LayerStore):
         self.streaming = StreamingKV(
             options.page_size, options.dec_sink, options.dec_local, options.ctx_sink, options.ctx_local, format
         )
-        self.pages_read = 0
         self.reset()
 
     def reset(self) -> None:
@@ -70,9 +69,9 @@ class LServeStore(LayerStore):
         # Which slots hold real tokens, bool [B, slots]; None while all do.
         self.real: Tensor | None = None
         self.selection: Selection | None = None
+        self.pages_read: int | Tensor = 0
         self.scales: tuple[Tensor, Tensor] | None = None
         self._like: tuple[int, int, int, torch.dtype, torch.device] | None = None
-        self._home: torch.device | str | None = None
 
     # -- heads ---------------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,6 @@ class PagedKV:
         self.value: Pages | None = None
         self.stats: Tensor | None = None
         self.lengths: list[int] = []
-        self.reserved = 0
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -50,10 +49,6 @@ class PagedKV:
     @property
     def equal_rows(self) -> bool:
         return len(set(self.lengths)) <= 1
-
-    def reserve(self, tokens: int) -> None:
-        """Expect rows of up to this many tokens: the next allocation is made for them."""
-        self.reserved = tokens
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -100,7 +95,7 @@ class PagedKV:
         needed = -(-tokens // self.page_size)
         if needed <= self.capacity:
             return
-        capacity = max(needed + (self.capacity > 0) * max(needed // GROWTH, MIN_GROWTH), -(-self.reserved // self.page_size))
+        capacity = needed + (max(needed // GROWTH, MIN_GROWTH) if self.capacity else 0)
         batch, heads = key.shape[:2]
         old = self.key, self.value, self.stats
         sizes = [(batch, heads, capacity, self.page_size, x.shape[3]) for x in (key, value)]

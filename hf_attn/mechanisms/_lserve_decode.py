@@ -107,6 +107,7 @@ def from_store(
         wide = None if streaming is None else query_heads(streaming, group)
         tokens = [pick(x, streaming) for x in (key, value)]
         put(out, wide, _streaming(pick(query, wide), *tokens, lengths, real, store, call.scale))
+    store.pages_read = store.pages_read + done.get("pages_read", 0)
     store.commit(key, value, real, single=True)
     if real is not None:
         out = out.masked_fill(~real[:, None, :, None], 0.0)
