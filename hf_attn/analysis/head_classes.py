@@ -93,8 +93,8 @@ class HeadCalibration:
     """What `calibrate` found out about a model's heads.
 
     gates: fp32 `[layers, Hkv]`, larger = retrieval; NaN for layers that no mechanism reaches (a sliding window of their
-    own). kv_scales: fp32 `[layers, 2]` of keys and values, or None. method: "mass" or "gates". sink, local, tokens: what
-    was measured with.
+    own). kv_scales: fp32 `[layers, 2]` of keys and values, or None. method: "mass" (measured), "gates" (trained) or
+    "duo" (trained elsewhere). sink, local, tokens: what was measured with; tokens is 0 where that is not known.
     """
 
     gates: Tensor

@@ -154,10 +154,18 @@ def save_head_folder(
         if weights is None:
             config = copy.deepcopy(config)
             config.hf_attn = block
+            # transformers writes where the model was loaded from; a folder of this machine means nothing elsewhere.
+            config._name_or_path = _hub_id(base_model) or ""
             config.save_pretrained(partial)
         else:
             _save_weights(partial, *weights, block)
         _card(partial / "README.md", found, static_sparsity, base_model, license, weights is not None, metrics or {})
+
+
+def _hub_id(name: str | None) -> str | None:
+    """`name` when it can be a Hub id, None for paths of this machine."""
+    is_id = bool(name) and name.count("/") <= 1 and not name.endswith(".gguf") and not Path(name).exists()
+    return name if is_id else None
 
 
 def _save_weights(folder: Path, model: Any, tokenizer: Any, block: dict[str, Any]) -> None:
@@ -171,13 +179,13 @@ def _save_weights(folder: Path, model: Any, tokenizer: Any, block: dict[str, Any
 
 
 _METHODS = {
-    "mass": "Each head's value is the mean attention weight that it puts outside the first and the recent tokens, measured "
-    "with the dense model on text. Heads with the smallest values stream.",
+    "mass": "Each head's value is the mean attention weight that it puts outside the first and the recent tokens, "
+    "measured with the dense model on text. Heads with the smallest values stream.",
     "gates": "Each head's value is a gate trained by distillation (DuoAttention, "
     "[arXiv 2410.10819](https://arxiv.org/abs/2410.10819)) on passkeys hidden in text. Heads with the smallest gates "
     "stream.",
-    "duo": "Each head's value is a gate of a DuoAttention folder ([arXiv 2410.10819](https://arxiv.org/abs/2410.10819)). "
-    "Heads with the smallest gates stream.",
+    "duo": "Each head's value is a gate of a DuoAttention folder "
+    "([arXiv 2410.10819](https://arxiv.org/abs/2410.10819)). Heads with the smallest gates stream.",
 }
 
 
@@ -192,7 +200,7 @@ def _card(
 ) -> None:
     from hf_attn.integrations.hub.cards import write_card
 
-    hub_id = base_model if base_model and base_model.count("/") <= 1 and not Path(base_model).exists() else None
+    hub_id = _hub_id(base_model)
     retrieval = retrieval_heads(found, static_sparsity)
     kept = found.gates[retrieval & found.gates.isfinite()]
     data = {
@@ -218,7 +226,7 @@ def _card(
         method_text=_METHODS[found.method],
         sink=found.sink,
         local=found.local,
-        tokens=found.tokens,
+        tokens=found.tokens or "not known",
         static_sparsity=static_sparsity,
         threshold=f"{float(kept.min()):.4g}" if kept.numel() else "none retrieves",
         scales="yes" if scales else "no",

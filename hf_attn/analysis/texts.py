@@ -61,6 +61,7 @@ def token_windows(tokenizer: Any, texts: Iterable[str], *, length: int, count: i
         rows += torch.tensor(ids[: full * length], dtype=torch.int64).view(full, length).unbind()
     if not rows:
         raise ValueError(
-            f"no text has {length} tokens, the longest has {longest}; pass longer texts, or a length of at most {longest}"
+            f"no text has {length} tokens, the longest has {longest}; pass longer texts, or at most {longest} tokens a "
+            "row (length)"
         )
     return torch.stack(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from hf_attn.cli.calibrate import calibrate
 from hf_attn.cli.demo import demo
 from hf_attn.cli.doctor import doctor
 from hf_attn.cli.listing import list_command
@@ -19,6 +20,7 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("list")(list_command)
 app.command("doctor")(doctor)
+app.add_typer(calibrate, name="calibrate")
 
 
 @app.callback(invoke_without_command=True)

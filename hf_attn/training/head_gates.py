@@ -20,9 +20,9 @@ class TwoWayAttention:
     """Attention of both passes of gate distillation; register `mechanism(name)` and apply it to a causal decoder.
 
     In a teacher pass every layer runs dense and its attention output is kept. In the student pass that follows on the
-    same batch a layer gives `alpha * full + (1 - alpha) * streaming`: `full` is what the teacher kept, `streaming` comes
-    from the student's own hidden states. In deployed passes the layer is that of LServe: heads with a gate >= 0.5 are
-    dense, the others stream.
+    same batch a layer gives `alpha * full + (1 - alpha) * streaming`: `full` is what the teacher kept, `streaming`
+    comes from the student's own hidden states. In deployed passes the layer is that of LServe: heads with a gate >= 0.5
+    are dense, the others stream.
 
     Args:
         gates: `[layers, Hkv]`, one a KV head, in [0, 1].
@@ -65,8 +65,8 @@ class TwoWayAttention:
     def _attend(self, call: AttentionCall, config: MechanismConfig) -> Tensor:
         if not call.tokens.is_plain or call.q_len != call.k_len:
             raise ValueError(
-                "gate training takes whole rows of equal length without padding, packing or cache; cut the batch to one "
-                "length and pass use_cache=False"
+                "gate training takes whole rows of equal length without padding, packing or cache; cut the batch to "
+                "one length and pass use_cache=False"
             )
         layer = call.layer.index
         if self._mode == "teacher":
@@ -93,7 +93,7 @@ def distillation_loss(teacher: Tensor, student: Tensor, labelled: Tensor) -> Ten
 
 
 def gate_schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate of step `step` of `steps`: up over the first fifth, down over the last, never < 0.1."""
+    """Factor on the learning rate: up over the first fifth of `steps`, down over the last, never below 0.1."""
     ramp = steps / 5
     return min(1.0, max((step + 1) / ramp, 0.1), max((steps - step) / ramp, 0.1))
 

@@ -26,7 +26,7 @@ import hf_attn
 from hf_attn.analysis.head_classes import HeadCalibration
 from hf_attn.analysis.head_files import save_head_folder
 from hf_attn.analysis.texts import read_texts
-from hf_attn.bench.models import load_language_model
+from hf_attn.bench.models import SMOLLM2, load_language_model
 from hf_attn.training.head_gates import GateTrainer, TwoWayAttention
 from hf_attn.training.passkeys import PasskeyText
 
@@ -217,9 +217,9 @@ def finish(trainer, model, tokenizer, data, settings: Settings, output: Path, ac
             (output / "comparison.json").write_text(json.dumps(losses, indent=1) + "\n")
     if accelerator.is_main_process:
         hf_attn.remove(model)
-        save_head_folder(
-            output / "heads", found, model.config, base_model=settings.model, static_sparsity=settings.static_sparsity
-        )
+        about = {"base_model": settings.model or SMOLLM2, "license": "other" if settings.model else "apache-2.0"}
+        share = settings.static_sparsity
+        save_head_folder(output / "heads", found, model.config, static_sparsity=share, **about)
         print(f"wrote {output / 'heads'}")
 
 

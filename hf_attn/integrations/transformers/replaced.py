@@ -21,9 +21,9 @@ from hf_attn.mechanism import Mechanism
 def replaced_attention(model: PreTrainedModel, mechanism: Mechanism) -> Iterator[None]:
     """Let the attention layers of `model` run `mechanism` (default options) inside the `with` block, in eval mode.
 
-    Afterwards implementation, `config.hf_attn`, statistics and training mode are what they were; the mechanism's name is
-    free again. Layers with a sliding window of their own run dense and do not reach the mechanism. Raises ValueError
-    for models that would ignore a mechanism or that no mechanism can serve, as `hf_attn.apply`.
+    Afterwards implementation, `config.hf_attn`, statistics and training mode are what they were, and the mechanism's
+    name is free again. Layers with a sliding window of their own run dense and do not reach the mechanism. Raises
+    ValueError for models that would ignore a mechanism or that no mechanism can serve, as `hf_attn.apply`.
     """
     registration.check_name(mechanism.name)
     registry.register_mechanism(mechanism)
