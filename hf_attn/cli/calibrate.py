@@ -22,7 +22,7 @@ from hf_attn.bench.head_classes import perplexity
 from hf_attn.bench.models import SMOLLM2, load_language_model
 from hf_attn.cli.common import console, one_clear_line, parse_options, progress_line
 
-calibrate = typer.Typer(no_args_is_help=True, help="Measure on real text what a mechanism needs; no training.")
+calibrate = typer.Typer(no_args_is_help=True)
 
 
 @calibrate.callback()

@@ -136,11 +136,12 @@ class GateTrainer:
             self.gates.clamp_(0, 1)
         teacher = self._hidden("teacher", input_ids)
         self.optimizer.zero_grad(set_to_none=True)
+        # The backward pass too is the student's: activation checkpointing calls the layers again there.
         with self.attention.mode("student"):
             student = self.body(input_ids=input_ids, use_cache=False).last_hidden_state
-        distillation = distillation_loss(teacher, student, labelled)
-        penalty = self.gates.abs().mean()
-        (distillation + self.regularisation * penalty).backward()
+            distillation = distillation_loss(teacher, student, labelled)
+            penalty = self.gates.abs().mean()
+            (distillation + self.regularisation * penalty).backward()
         if self.gates.grad is None:
             self.gates.grad = torch.zeros_like(self.gates)
         figures = torch.stack([distillation.detach(), penalty.detach().to(distillation.device)])

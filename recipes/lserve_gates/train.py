@@ -215,8 +215,9 @@ def finish(trainer, model, tokenizer, data, settings: Settings, output: Path, ac
         accelerator.print("held-out distillation loss " + json.dumps(losses), flush=True)
         if accelerator.is_main_process:
             (output / "comparison.json").write_text(json.dumps(losses, indent=1) + "\n")
+    hf_attn.remove(model)
+    hf_attn.unregister_mechanism("gate_training")
     if accelerator.is_main_process:
-        hf_attn.remove(model)
         about = {"base_model": settings.model or SMOLLM2, "license": "other" if settings.model else "apache-2.0"}
         share = settings.static_sparsity
         save_head_folder(output / "heads", found, model.config, static_sparsity=share, **about)
