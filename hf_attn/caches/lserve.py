@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_attn.caches.paged import PagedKV
 from hf_attn.caches.quantization import KVFormat, absmax_scale
-from hf_attn.caches.store import LayerStore
+from hf_attn.caches.store import LayerStore, outliving
 from hf_attn.caches.streaming import StreamingKV
 
 
@@ -69,6 +69,8 @@ class LServeStore(LayerStore):
         # Which slots hold real tokens, bool [B, slots]; None while all do.
         self.real: Tensor | None = None
         self.selection: Selection | None = None
+        # Slots and selection before the newest step.
+        self._before: tuple[int, Selection | None] = (0, None)
         self.pages_read: int | Tensor = 0
         self.scales: tuple[Tensor, Tensor] | None = None
         self._like: tuple[int, int, int, torch.dtype, torch.device] | None = None
@@ -116,6 +118,7 @@ class LServeStore(LayerStore):
         rank = start + real.long().cumsum(-1) - 1
         return torch.where(real, rank, -1), real.sum(-1).tolist()
 
+    @outliving
     def write(self, key: Tensor, value: Tensor, real: Tensor | None) -> list[int]:
         """Write the retrieval heads' new tokens without counting them; gives the real tokens a row."""
         self._scales_for(key, value)
@@ -130,8 +133,14 @@ class LServeStore(LayerStore):
             self.paged.write(*tensors, counts, self.scales)
         return counts
 
-    def commit(self, key: Tensor, value: Tensor, real: Tensor | None, *, single: bool) -> None:
-        """Count new tokens of all heads, after `write`; `single` for one decoded token a row."""
+    @outliving
+    def commit(
+        self, key: Tensor, value: Tensor, real: Tensor | None, *, single: bool, selection: Selection | None = None
+    ) -> None:
+        """Count new tokens of all heads, after `write`; `single` for one decoded token a row.
+
+        `selection` is what its step chose or used, and what the next one may use.
+        """
         retrieval, streaming = self.heads(key.shape[1], key.device)
         position, counts = self.positions(real, key.shape[0], key.shape[2], key.device)
         if streaming is None or streaming.numel():
@@ -140,11 +149,11 @@ class LServeStore(LayerStore):
         if retrieval is None or retrieval.numel():
             keys = pick(key, retrieval)
             self.paged.advance(keys if real is None else left_aligned(keys, real), counts)
+        self._before = (self.slots, self.selection)
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
         self._count_slots(key, real)
         self._like = (key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
-        if not single:
-            self.selection = None
+        self.selection = selection
 
     def append(self, key: Tensor, value: Tensor, real: Tensor | None, *, single: bool = False) -> None:
         """`write` and `commit`."""
@@ -179,6 +188,7 @@ class LServeStore(LayerStore):
                 "apply 'lserve' again, or run the prompt with another cache"
             )
         retrieval, streaming = self.heads(key.shape[1], key.device)
+        self.streaming.keep_everything()
         self.append(key, value, None)
         length = max(self.lengths)
         found = []
@@ -205,6 +215,7 @@ class LServeStore(LayerStore):
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
+    @outliving
     def crop(self, count: int) -> None:
         """Forget the last `count` slots; ValueError, and no change, when streaming heads have lost what is needed."""
         if count <= 0 or self.slots == 0:
@@ -224,6 +235,14 @@ class LServeStore(LayerStore):
         self.slots -= count
         self.real = None if self.real is None else self.real[:, :-count]
 
+    def take_back(self, count: int) -> None:
+        """Undo the newest step of `count` slots; its selection is forgotten, and the one before it is back."""
+        slots, selection = self._before
+        self.crop(count)
+        if self.slots == slots:
+            self.selection = selection
+
+    @outliving
     def select_rows(self, rows: Tensor) -> None:
         """Keep these batch rows, in this order."""
         if self.batch is None:
@@ -239,6 +258,7 @@ class LServeStore(LayerStore):
             pages = found.pages.index_select(0, rows.to(found.pages.device))
             self.selection = Selection(pages, [found.last[r] for r in listed], [found.valid[r] for r in listed])
 
+    @outliving
     def to(self, device: torch.device | str) -> None:
         """Move everything."""
         self.paged.to(device)
@@ -268,8 +288,9 @@ def head_lists(
         return None, nothing
     if not any(retrieval):
         return nothing, None
-    kinds = torch.tensor(retrieval, device=device)
-    return kinds.nonzero()[:, 0], (~kinds).nonzero()[:, 0]
+    # Listed on the host: a compiler could not know how many a mask on the device holds.
+    lists = [[head for head, kind in enumerate(retrieval) if kind is wanted] for wanted in (True, False)]
+    return tuple(torch.tensor(heads, dtype=torch.int64, device=device) for heads in lists)
 
 
 def pick(x: Tensor, heads: Tensor | None) -> Tensor:

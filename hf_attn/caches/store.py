@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+
+def outliving(method: Callable) -> Callable:
+    """Let what a method stores outlive `torch.inference_mode`: its tensors could not be written to outside of it."""
+
+    @functools.wraps(method)
+    def run(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 class LayerStore(ABC):
@@ -28,6 +41,10 @@ class LayerStore(ABC):
     @abstractmethod
     def crop(self, count: int) -> None:
         """Forget the last `count` slots."""
+
+    def take_back(self, count: int) -> None:
+        """Undo the newest step, which brought `count` slots, as if it had never been made."""
+        self.crop(count)
 
     @abstractmethod
     def select_rows(self, rows: Tensor) -> None:

@@ -45,6 +45,7 @@ class StreamingKV:
     ) -> None:
         self.page_size, self.sink, self.local, self.format = page_size, sink, local, format
         self.keep_sink, self.keep_local = max(keep_sink, sink), max(keep_local, local)
+        self._keep_local = self.keep_local
         self.held: Held | None = None
         self.ring = False
         self.evicted = False
@@ -56,6 +57,10 @@ class StreamingKV:
         sink_pages, ring_pages = self.sink // self.page_size, self.local // self.page_size + 1
         inside = torch.where(page < sink_pages, page, sink_pages + (page - sink_pages) % ring_pages)
         return inside * self.page_size + position % self.page_size
+
+    def keep_everything(self) -> None:
+        """Forget nothing from now on: somebody reads all tokens."""
+        self.keep_local = 1 << 62
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -175,6 +180,7 @@ class StreamingKV:
         """Forget everything and free it."""
         self.held = self._undo = None
         self.ring = self.evicted = False
+        self.keep_local = self._keep_local
 
     def to(self, device: torch.device | str) -> None:
         """Move everything."""

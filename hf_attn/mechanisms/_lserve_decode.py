@@ -96,19 +96,19 @@ def from_store(
     lengths = [n + c for n, c in zip(store.lengths, counts, strict=True)]
     out = query.new_zeros(*query.shape[:3], value.shape[3])
     done: dict[str, Any] = {"lengths": lengths, "selector_runs": 0}
+    selection = None
     if retrieval is None or retrieval.numel():
         wide = None if retrieval is None else query_heads(retrieval, group)
         part, selection = _pages(
             pick(query[:, :, 0], wide), *(pick(x, retrieval) for x in (key, value)), lengths, config, store, call.scale, done
         )
         put(out, wide, part[:, :, None])
-        store.selection = selection
     if streaming is None or streaming.numel():
         wide = None if streaming is None else query_heads(streaming, group)
         tokens = [pick(x, streaming) for x in (key, value)]
         put(out, wide, _streaming(pick(query, wide), *tokens, lengths, real, store, call.scale))
     store.pages_read = store.pages_read + done.get("pages_read", 0)
-    store.commit(key, value, real, single=True)
+    store.commit(key, value, real, single=True, selection=selection)
     if real is not None:
         out = out.masked_fill(~real[:, None, :, None], 0.0)
     return out, done
@@ -339,7 +339,7 @@ def _traced_lists(query, length, config, statistics, slots: int) -> Tensor:
     all_pages = all_pages[:, : scores.shape[1]]
     last = (length - 2).clamp(min=0) // size
     pages = select_pages(scores, last, count=config.selected_pages)
-    tail = last[:, None, None] + torch.arange(2, device=length.device).expand(-1, pages.shape[1], -1)
+    tail = (last[:, None, None] + torch.arange(2, device=length.device)).expand(-1, pages.shape[1], -1)
     chosen = torch.cat([pages, torch.where(tail <= newest, tail, -1)], -1)
     width = max(chosen.shape[2], everything)
     chosen, all_pages = (torch.nn.functional.pad(x, (0, width - x.shape[2]), value=-1) for x in (chosen, all_pages))

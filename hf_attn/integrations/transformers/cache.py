@@ -120,6 +120,11 @@ class StoreLayer(CacheLayerMixin):
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.store.slots - tokens_to_remove, 0)
         self.store.crop(remove)
 
+    def take_back(self, count: int) -> None:
+        """Undo the newest step, which brought `count` tokens."""
+        self.waiting = False
+        self.store.take_back(count)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.store.select_rows(beam_idx)
 
@@ -181,8 +186,11 @@ class StoreCache(Cache):
         if layer_idx == 0:
             length = self.get_seq_length()
             for layer in self.layers:
-                if layer.get_seq_length() > length:
-                    layer.crop(length - layer.get_seq_length())
+                ahead = layer.get_seq_length() - length
+                if ahead > 0 and isinstance(layer, StoreLayer):
+                    layer.take_back(ahead)
+                elif ahead > 0:
+                    layer.crop(-ahead)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -55,10 +55,12 @@ def page_statistics(key: Tensor, page_size: int, logical_page_size: int) -> tupl
     Returns `[B, H, ceil(N / page_size), page_size / logical_page_size, 2, D]` (kmax, kmin; -inf and inf where a logical
     page holds no token) and the number of tokens in each logical page, int64 `[pages, logical]`.
     """
-    batch, heads, length, dim = key.shape
+    length = key.shape[2]
     pages, logical = -(-length // page_size), page_size // logical_page_size
-    stats = empty_statistics((batch, heads, pages * logical, 2, dim), key.dtype, key.device)
-    update_statistics(stats, key, 0, logical_page_size)
+    bounds = []
+    for fill, reduce in ((float("-inf"), torch.amax), (float("inf"), torch.amin)):
+        padded = torch.nn.functional.pad(key, (0, 0, 0, pages * page_size - length), value=fill)
+        bounds.append(reduce(padded.unflatten(2, (pages, logical, logical_page_size)), 4))
     starts = torch.arange(pages * logical, device=key.device) * logical_page_size
     count = (length - starts).clamp(0, logical_page_size)
-    return stats.view(batch, heads, pages, logical, 2, dim), count.view(pages, logical)
+    return torch.stack(bounds, -2), count.view(pages, logical)

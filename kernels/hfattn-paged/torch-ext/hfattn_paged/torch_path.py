@@ -10,7 +10,7 @@ from torch import Tensor
 from .pages import Pages
 
 # Numbers of one gathered piece: small enough for a core's own cache, large enough that calls cost little beside it.
-PIECE = 1 << 18
+PIECE = 1 << 17
 
 
 def paged_attention(

@@ -44,15 +44,15 @@ def sink_window_attention_backward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; the forward runs again, as nothing of it was kept."""
+    """Gradients of query, key and value."""
     count("sink_window_attention_backward", "torch")
-    with torch.enable_grad():
-        leaves = [t.detach().contiguous().requires_grad_() for t in (query, key, value)]
-        out = _over_sequences(torch_path.forward, *leaves, index, sinks, window, scale)
-        if not out.requires_grad:
-            return tuple(torch.zeros_like(leaf).detach() for leaf in leaves)
-        grads = torch.autograd.grad(out, leaves, grad_out, allow_unused=True)
-    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))
+    grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    options = {"sinks": sinks, "window": window, "scale": scale}
+    for s in split_sequences(index, query.shape[2], key.shape[2], True):
+        picked = [take(x, s.batch, rows) for x, rows in ((grad_out, s.q), (query, s.q), (key, s.k), (value, s.k))]
+        for grad, part, rows in zip(grads, torch_path.backward(*picked, **options), (s.q, s.k, s.k), strict=True):
+            grad[s.batch, :, rows] = part
+    return tuple(grads)
 
 
 @sink_window_attention_backward.register_fake

@@ -8,6 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 # Query rows of one fused call: each call reads `window + ROWS` keys, so more rows waste more.
 MIN_ROWS, MAX_ROWS = 64, 512
+# Scores that the backward holds at a time.
+MAX_SCORES = 1 << 22
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, *, sinks: int, window: int, scale: float) -> Tensor:
@@ -17,7 +19,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *, sinks: int, window: in
         query, key, value: `[B, Hq, Nq, D]`, `[B, H, Nk, D]`, `[B, H, Nk, Dv]`.
         sinks, window: tokens, >= 0 and >= 1.
 
-    Returns `[B, Hq, Nq, Dv]`; rows before the first key give 0. Differentiable by autograd.
+    Returns `[B, Hq, Nq, Dv]`; rows before the first key give 0.
     """
     q_len, k_len = query.shape[2], key.shape[2]
     offset = k_len - q_len
@@ -40,20 +42,50 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *, sinks: int, window: in
     return torch.cat(parts, 2) if parts else query.new_zeros(*query.shape[:3], value.shape[3])
 
 
+def backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *, sinks: int, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value for `forward` with the same arguments; weights are computed again."""
+    q_len, k_len = query.shape[2], key.shape[2]
+    offset, heads = k_len - q_len, key.shape[1]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    widest = min(sinks + window + MIN_ROWS, k_len)
+    rows = min(max(MAX_SCORES // max(query.shape[0] * query.shape[1] * widest, 1), 16), MAX_ROWS)
+    grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
+    for start in range(max(-offset, 0), q_len, rows):
+        stop = min(start + rows, q_len)
+        spans, allowed = _keys(start + offset, stop + offset, sinks, window, query.device)
+        folded = [x[:, :, start:stop].to(dtype).unflatten(1, (heads, -1)) for x in (query, grad_out)]
+        keys, values = (torch.cat([x[:, :, a:b] for a, b in spans], 2).to(dtype)[:, :, None] for x in (key, value))
+        weights = (folded[0] @ keys.mT * scale).masked_fill(~allowed, float("-inf")).softmax(-1)
+        grad_weights = folded[1] @ values.mT
+        grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+        grad_query[:, :, start:stop] = (grad_scores @ keys).flatten(1, 2).to(query.dtype)
+        parts = (grad_key, (grad_scores.mT @ folded[0]).sum(2)), (grad_value, (weights.mT @ folded[1]).sum(2))
+        for into, part in parts:
+            first = 0
+            for a, b in spans:
+                into[:, :, a:b] += part[:, :, first : first + b - a]
+                first += b - a
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _keys(
+    position: int, end: int, sinks: int, window: int, device: torch.device
+) -> tuple[list[tuple[int, int]], Tensor]:
+    """Key ranges that rows `position` to `end` read, and which of those keys each row sees, bool `[rows, keys]`."""
+    low = max(position - window + 1, 0)
+    spans = [(0, end)] if low <= sinks else [(0, sinks), (low, end)] if sinks else [(low, end)]
+    rows = torch.arange(position, end, device=device)[:, None]
+    keys = torch.cat([torch.arange(a, b, device=device) for a, b in spans])
+    return spans, (keys <= rows) & ((keys > rows - window) | (keys < sinks))
+
+
 def _run(query: Tensor, key: Tensor, value: Tensor, position: int, sinks: int, window: int, scale: float) -> Tensor:
     """Rows at `position`, `position + 1`, ...: sinks, then one stretch of keys."""
-    end = position + query.shape[2]
-    low = max(position - window + 1, 0)
-    if low <= sinks:
-        key, value, sinks_read, low = key[:, :, :end], value[:, :, :end], 0, 0
-    else:
-        sinks_read = sinks
-        key, value = (torch.cat([x[:, :, :sinks], x[:, :, low:end]], 2) for x in (key, value))
-    rows = torch.arange(position, end, device=query.device)[:, None]
-    keys = torch.arange(low, end, device=query.device)
-    allowed = (keys <= rows) & ((keys > rows - window) | (keys < sinks))
-    if sinks_read:
-        allowed = torch.cat([allowed.new_ones(len(rows), sinks_read), allowed], 1)
+    spans, allowed = _keys(position, position + query.shape[2], sinks, window, query.device)
+    key, value = (torch.cat([x[:, :, a:b] for a, b in spans], 2) for x in (key, value))
     return _fused(query, key, value, scale, attn_mask=allowed)
 
 
