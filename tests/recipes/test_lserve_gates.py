@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_attn
-from hf_attn.analysis.head_files import load_heads
+from hf_attn.analysis.head_files import load_heads, save_duo_heads
 from hf_attn.analysis.texts import python_reference_text
 from hf_attn.training.head_gates import GateTrainer, TwoWayAttention, distillation_loss, gate_schedule
 from hf_attn.training.passkeys import RADIO_ALPHABET, PasskeyText
@@ -155,7 +156,7 @@ def test_rows_of_passkeys(tiny_model):
         last = place
     with pytest.raises(ValueError, match="has no room for text beside 3 passkeys of 2 words"):
         data.row(200, torch.Generator())
-    with pytest.raises(ValueError, match="the filler has 9000"):
+    with pytest.raises(ValueError, match="the filler has 90"):
         data.row(20000, torch.Generator())
     with pytest.raises(ValueError, match="depths must be two shares"):
         PasskeyText(tokenizer, filler, depths=(0.9, 0.1))
@@ -164,26 +165,34 @@ def test_rows_of_passkeys(tiny_model):
 # -- the script --------------------------------------------------------------------------------------------------------
 
 
-def command(model: str, output: Path, *options: str) -> list[str]:
-    return [sys.executable, str(TRAIN), "--smoke", "--output", str(output), f"model={model}", *options]
+def arguments(model: str, output: Path, *options: str) -> list[str]:
+    sizes = ["context_min=512", "context_max=640"]
+    return ["--smoke", "--output", str(output), f"model={model}", *sizes, *options]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment())
+@pytest.fixture
+def train(monkeypatch):
+    """The script's `main` in this process, on one thread as in a process of its own."""
+    module = runpy.run_path(str(TRAIN), run_name="lserve_gates")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(*given: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", *given])
+        module["main"]()
+
+    yield run
+    torch.set_num_threads(threads)
 
 
-def test_smoke_and_resume_after_kill(tiny_model, tmp_path):
+def test_smoke_and_resume_after_kill(tiny_model, tmp_path, train, capsys):
     """A run killed after step 3 and started again ends with bit for bit the gates of one that was left alone."""
-    sizes = ["context_min=512", "context_max=640"]
-    whole = run(command(tiny_model, tmp_path / "whole", *sizes))
-    assert whole.returncode == 0, whole.stderr
-    killed = subprocess.Popen(
-        command(tiny_model, tmp_path / "killed", *sizes), stdout=subprocess.PIPE, text=True, env=environment()
-    )
+    script = [sys.executable, str(TRAIN), *arguments(tiny_model, tmp_path / "killed")]
+    killed = subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=environment())
     for line in killed.stdout:
         if line.startswith("step 3/"):
             killed.send_signal(signal.SIGKILL)
@@ -191,29 +200,35 @@ def test_smoke_and_resume_after_kill(tiny_model, tmp_path):
     killed.wait()
     killed.stdout.close()
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "heads").exists()
-    resumed = run(command(tiny_model, tmp_path / "killed", *sizes))
-    assert resumed.returncode == 0, resumed.stderr
-    assert "going on after step 3" in resumed.stdout or "going on after step 4" in resumed.stdout
-    assert "step 1/" not in resumed.stdout and "step 6/6" in resumed.stdout
+
+    train(*arguments(tiny_model, tmp_path / "whole"))
+    assert "step 1/6" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="was made with other settings"):
+        train(*arguments(tiny_model, tmp_path / "killed", "learning_rate=0.1"))
+    hf_attn.unregister_mechanism("gate_training")
+    train(*arguments(tiny_model, tmp_path / "killed"))
+    printed = capsys.readouterr().out
+    assert "going on after step" in printed and "step 1/6" not in printed and "step 6/6" in printed
     expected, got = load_heads(tmp_path / "whole" / "heads"), load_heads(tmp_path / "killed" / "heads")
     assert torch.equal(got.gates, expected.gates) and (got.gates < 1).any() and got.method == "gates"
     comparison = json.loads((tmp_path / "whole" / "comparison.json").read_text())
     assert comparison.keys() == {"trained", "calibrated", "random mean", "random lowest"}
+    with pytest.raises(SystemExit, match="the run is finished"):
+        train(*arguments(tiny_model, tmp_path / "whole"))
 
-    # The folder goes onto the base model, and the finished run is not started over.
-    from transformers import AutoConfig
-
+    # The folder goes onto the base model; its gates survive DuoAttention's format.
     config = AutoConfig.from_pretrained(tmp_path / "whole" / "heads")
     model = AutoModelForCausalLM.from_pretrained(tiny_model, config=config)
     assert model.config._attn_implementation == "hf_attn_lserve"
-    finished = run(command(tiny_model, tmp_path / "whole", *sizes))
-    assert finished.returncode == 1 and "the run is finished" in finished.stderr
+    save_duo_heads(tmp_path / "duo", got)
+    assert torch.equal(hf_attn.load_duo_heads(tmp_path / "duo").alpha, got.gates)
 
 
-def test_wrong_options_end_in_one_line(tiny_model, tmp_path):
-    result = run(command(tiny_model, tmp_path, "stepz=3"))
-    assert result.returncode == 1 and "unknown or missing options: stepz" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_wrong_options_end_in_one_line(tiny_model, tmp_path, train):
+    with pytest.raises(SystemExit, match="unknown or missing options: stepz"):
+        train(*arguments(tiny_model, tmp_path, "stepz=3"))
+    with pytest.raises(SystemExit, match="options are NAME=VALUE, got 'steps'"):
+        train(*arguments(tiny_model, tmp_path, "steps"))
 
 
 def test_every_option_is_explained():
@@ -228,17 +243,19 @@ def test_every_option_is_explained():
 
 
 @pytest.mark.slow
-def test_two_processes_sharded_or_not(tiny_model, tmp_path):
+def test_two_processes_sharded_or_not(tiny_model, tmp_path, train):
     """accelerate with two processes: gates are averaged, and sharding the frozen weights changes nothing."""
     gates = []
     for shard in ("false", "true"):
-        output = tmp_path / shard
-        script = command(tiny_model, output, "context_min=512", "context_max=640", f"shard={shard}", "eval_rows=0")[1:]
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-        done = run([*launch, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *script])
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(TRAIN)]
+        script = arguments(tiny_model, tmp_path / shard, f"shard={shard}", "eval_rows=0")
+        done = subprocess.run([*launch, *script], capture_output=True, text=True, env=environment())
         assert done.returncode == 0, done.stderr
-        gates.append(load_heads(output / "heads").gates)
+        gates.append(load_heads(tmp_path / shard / "heads").gates)
     torch.testing.assert_close(*gates, rtol=1e-4, atol=1e-4)
-    alone = run(command(tiny_model, tmp_path / "alone", "context_min=512", "context_max=640", "eval_rows=0"))
-    assert alone.returncode == 0, alone.stderr
+    train(*arguments(tiny_model, tmp_path / "alone", "eval_rows=0"))
     assert not torch.equal(load_heads(tmp_path / "alone" / "heads").gates, gates[0])
+    with pytest.raises(SystemExit, match="needs several processes"):
+        train(*arguments(tiny_model, tmp_path / "one", "shard=true"))
+    hf_attn.unregister_mechanism("gate_training")
