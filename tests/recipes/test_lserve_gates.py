@@ -244,13 +244,14 @@ def test_every_option_is_explained():
 
 @pytest.mark.slow
 def test_two_processes_sharded_or_not(tiny_model, tmp_path, train):
-    """accelerate with two processes: gates are averaged, and sharding the frozen weights changes nothing."""
+    """Two gloo processes: gates are averaged, and sharding the frozen weights changes nothing."""
     gates = []
+    # `accelerate launch --cpu` starts one process only unless there is MPI.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TRAIN)]
     for shard in ("false", "true"):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(TRAIN)]
         script = arguments(tiny_model, tmp_path / shard, f"shard={shard}", "eval_rows=0")
-        done = subprocess.run([*launch, *script], capture_output=True, text=True, env=environment())
+        cpu = {**environment(), "ACCELERATE_USE_CPU": "1"}
+        done = subprocess.run([*launch, *script], capture_output=True, text=True, env=cpu)
         assert done.returncode == 0, done.stderr
         gates.append(load_heads(tmp_path / shard / "heads").gates)
     torch.testing.assert_close(*gates, rtol=1e-4, atol=1e-4)
