@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ class LServeStore(LayerStore):
         self.streaming = StreamingKV(
             options.page_size, options.dec_sink, options.dec_local, options.ctx_sink, options.ctx_local, format
         )
+        self._heads: dict[str, Any] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -79,7 +81,10 @@ class LServeStore(LayerStore):
 
     def heads(self, count: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """KV heads that retrieve and KV heads that stream, int64; (None, empty) when all retrieve and the reverse."""
-        return head_lists(self.options.retrieval, count, device)
+        key = (count, device)
+        if self._heads.get("for") != key:
+            self._heads = {"for": key, "lists": head_lists(self.options.retrieval, count, device)}
+        return self._heads["lists"]
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -124,7 +129,7 @@ class LServeStore(LayerStore):
         self._scales_for(key, value)
         if not self.lengths:
             self.lengths = [0] * key.shape[0]
-        _, counts = self.positions(real, key.shape[0], key.shape[2], key.device)
+        counts = [key.shape[2]] * key.shape[0] if real is None else real.sum(-1).tolist()
         retrieval, _ = self.heads(key.shape[1], key.device)
         if retrieval is None or retrieval.numel():
             tensors = [pick(x, retrieval) for x in (key, value)]
@@ -142,10 +147,12 @@ class LServeStore(LayerStore):
         `selection` is what its step chose or used, and what the next one may use.
         """
         retrieval, streaming = self.heads(key.shape[1], key.device)
-        position, counts = self.positions(real, key.shape[0], key.shape[2], key.device)
+        counts = [key.shape[2]] * key.shape[0] if real is None else real.sum(-1).tolist()
         if streaming is None or streaming.numel():
             tokens = [pick(x, streaming) for x in (key, value)]
-            self.streaming.append(self.streaming.encode(*tokens, position, self.scales), single=single)
+            position, _ = self.positions(real, key.shape[0], key.shape[2], key.device)
+            equal = self.lengths[0] if real is None and len(set(self.lengths)) == 1 else None
+            self.streaming.append(self.streaming.encode(*tokens, position, self.scales), single=single, number=equal)
         if retrieval is None or retrieval.numel():
             keys = pick(key, retrieval)
             self.paged.advance(keys if real is None else left_aligned(keys, real), counts)

@@ -71,12 +71,17 @@ class StreamingKV:
         first, second = (None, None) if scales is None else scales
         return Held(self.format.encode(key, first), self.format.encode(value, second), position)
 
-    def append(self, new: Held, *, single: bool) -> None:
-        """Store new tokens; `single`: one token a row is being decoded, which closes the prompt."""
+    def append(self, new: Held, *, single: bool, number: int | None = None) -> None:
+        """Store new tokens; `single`: one token a row is being decoded, which closes the prompt.
+
+        `number`: of the first new token, where it is the same in all rows and all tokens are real.
+        """
         undo = Undo(self.held, self.ring, self.evicted, new, [])
         if single and not self.ring:
             self._to_ring(new)
-        if self.ring:
+        if self.ring and single and number is not None:
+            self._write_slot(new, number, undo.overwritten)
+        elif self.ring:
             self._write_ring(new, undo.overwritten)
         else:
             self._extend(new)
@@ -136,6 +141,21 @@ class StreamingKV:
                 into[rows, :, 0, slots] = tokens[rows, :, 0, columns]
         overwritten.append((held.position, rows, slots, held.position[rows, slots]))
         held.position[rows, slots] = new.position[rows, columns]
+
+    def _write_slot(self, new: Held, number: int, overwritten: list[tuple]) -> None:
+        """`_write_ring` for the token `number` of every row, without looking at the device."""
+        page, inside = divmod(number, self.page_size)
+        sink_pages, ring_pages = self.sink // self.page_size, self.local // self.page_size + 1
+        if page >= sink_pages:
+            self.evicted |= page - sink_pages >= ring_pages
+            page = sink_pages + (page - sink_pages) % ring_pages
+        slot = page * self.page_size + inside
+        for target, source in zip(self.held[:2], new[:2], strict=True):
+            for into, tokens in _tensors(target, source):
+                overwritten.append((into, slice(None), slot, into[:, :, 0, slot].clone()))
+                into[:, :, 0, slot] = tokens[:, :, 0, 0]
+        overwritten.append((self.held.position, slice(None), slot, self.held.position[:, slot].clone()))
+        self.held.position[:, slot] = number
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
