@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_attn.analysis.snr import recommend
     from hf_attn.front import (
         apply,
+        calibrate,
         convert,
         doctor,
         enable_continuous_batching,
@@ -27,12 +28,15 @@ if TYPE_CHECKING:
         stats,
         unregister_mechanism,
     )
+    from hf_attn.integrations.transformers.cache import LServeCache, cache_report
     from hf_attn.mechanism import Capabilities, Mechanism, MechanismConfig
+    from hf_attn.mechanisms.lserve import LServeConfig, classify_heads, load_duo_heads
 
 # Where each public name lives; it is imported when first asked for.
 _HOMES = {
     "apply": "hf_attn.front",
     "convert": "hf_attn.front",
+    "calibrate": "hf_attn.front",
     "doctor": "hf_attn.front",
     "enable_continuous_batching": "hf_attn.front",
     "list_mechanisms": "hf_attn.front",
@@ -46,17 +50,28 @@ _HOMES = {
     "Mechanism": "hf_attn.mechanism",
     "MechanismConfig": "hf_attn.mechanism",
     "recommend": "hf_attn.analysis.snr",
+    "LServeCache": "hf_attn.integrations.transformers.cache",
+    "LServeConfig": "hf_attn.mechanisms.lserve",
+    "cache_report": "hf_attn.integrations.transformers.cache",
+    "classify_heads": "hf_attn.mechanisms.lserve",
+    "load_duo_heads": "hf_attn.mechanisms.lserve",
 }
 
 __all__ = [
     "Capabilities",
+    "LServeCache",
+    "LServeConfig",
     "Mechanism",
     "MechanismConfig",
     "apply",
     "convert",
+    "cache_report",
+    "calibrate",
+    "classify_heads",
     "doctor",
     "enable_continuous_batching",
     "list_mechanisms",
+    "load_duo_heads",
     "recommend",
     "register_mechanism",
     "remove",

@@ -175,7 +175,8 @@ class LayerContext:
     Args:
         index, count: number of the attention layer, and of all of them; `None` when the host does not say.
         module: the host's attention module.
-        cache: the host's cache layer when an integration hands one over.
+        cache: the layer's `hf_attn.caches.store.LayerStore` when the mechanism has one of its own. `key` and `value` of
+            the call are then the new tokens alone, which the mechanism appends itself; `tokens` describes all of them.
         step, num_steps: denoising step of a diffusion model (from 0), and of how many; `None` when nobody tells.
         timestep: the scheduler's value at this step.
         head_offset: number of the call's first query head in the layer, where heads are spread over processes.

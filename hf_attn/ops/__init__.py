@@ -13,9 +13,10 @@ if (_kernel_sources / ".hf_attn_kernels").is_file():
 
 from hf_attn.ops.backend import choose_path  # noqa: E402
 from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
+from hf_attn.ops.counts import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
-from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
+from hf_attn.ops.paged import page_scores, page_statistics, paged_attention, select_pages  # noqa: E402
 from hf_attn.ops.pyramid import (  # noqa: E402
     antidiagonal_importance,
     assign_levels,
@@ -27,6 +28,7 @@ from hf_attn.ops.pyramid import (  # noqa: E402
 )
 from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
 from hf_attn.ops.selection import select_blocks  # noqa: E402
+from hf_attn.ops.windowed import gated_streaming_attention, sink_window_attention  # noqa: E402
 
 __all__ = [
     "antidiagonal_importance",
@@ -34,8 +36,12 @@ __all__ = [
     "block_sparse_attention",
     "choose_path",
     "dense_attention",
+    "gated_streaming_attention",
     "key_block_major",
     "key_convolution",
+    "page_scores",
+    "page_statistics",
+    "paged_attention",
     "path_counts",
     "pyramid_attention",
     "pyramid_pairs",
@@ -46,4 +52,7 @@ __all__ = [
     "select_levels",
     "select_routes",
     "similarity_cap",
+    "select_pages",
+    "select_routes",
+    "sink_window_attention",
 ]
