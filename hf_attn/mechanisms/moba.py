@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_attn.call import AttentionCall
 from hf_attn.checks import require_int, require_one_of
-from hf_attn.mechanism import Mechanism, MechanismConfig
+from hf_attn.mechanism import Capabilities, Mechanism, MechanismConfig
 from hf_attn.ops import dense_attention, routed_block_attention, select_routes
 from hf_attn.ops.backend import may_go_dense
 from hf_attn.pattern import BlockPattern
@@ -182,6 +182,7 @@ MECHANISM = Mechanism(
     summary="each query picks the key blocks whose mean key it matches best; for models trained with it",
     source="MoBA, arXiv 2502.13189; FlashMoBA, arXiv 2511.11571",
     config=MobaConfig,
+    capabilities=Capabilities(triton=True),
     attend=attend,
     select=select,
     attended=attended,

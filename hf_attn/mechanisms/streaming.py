@@ -132,7 +132,7 @@ MECHANISM = Mechanism(
     summary="first tokens and a sliding window, in blocks; training-free",
     source="StreamingLLM, arXiv 2309.17453",
     config=StreamingConfig,
-    capabilities=Capabilities(bidirectional=False),
+    capabilities=Capabilities(bidirectional=False, triton=True),
     attend=attend,
     select=select,
     attended=attended,
