@@ -129,15 +129,15 @@ class LServeConfig(MechanismConfig):
             )
         return self._classes[layer]
 
-    def check_layercount_pairs(self, count: int) -> None:
+    def check_layer_count(self, count: int) -> None:
         """Refuse tables of another number of layers, and single indices in `layers` that no layer has."""
         for name in ("heads", "gates", "kv_scales"):
             rows = getattr(self, name)
             if rows is not None and len(rows) != count and (name == "gates" or len(rows) != 1):
                 raise ValueError(f"{name} has {len(rows)} rows, but the model has {count} layers")
-        super().check_layercount_pairs(count)
+        super().check_layer_count(count)
 
-    def check_headcount_pairs(self, count: int) -> None:
+    def check_head_count(self, count: int) -> None:
         """Refuse tables of another number of KV heads."""
         for name in ("heads", "gates"):
             rows = getattr(self, name)
