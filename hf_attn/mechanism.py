@@ -228,8 +228,8 @@ class Mechanism:
         select: `(call, config) -> BlockPattern`, the union over the queries of a block, for pictures.
         attended: `(call, config, rows) -> bool [B, Hq, R, Nk]`, keys that query rows `rows` (int64 [R]) really read,
             for analysis.
-        store: `(config of a layer, layer number, KV heads) -> hf_attn.caches.store.LayerStore`, the mechanism's own cache
-            of a layer; integrations hand it back in `call.layer.cache`. None: the host's cache is all it needs.
+        store: `(config of a layer, layer number, KV heads) -> hf_attn.caches.store.LayerStore`, the mechanism's own
+            cache of a layer; integrations hand it back in `call.layer.cache`. None: the host's cache is all it needs.
     """
 
     name: str

@@ -2,7 +2,8 @@
 
     python -m hf_attn.bench.decode_layer --lengths 32768 65536 --threads 1
 
-A step attends to a cache of random keys that was filled beforehand, selects pages where it is due, and stores its token.
+A step attends to a cache of random keys that was filled beforehand, selects pages where it is due, and stores its
+token.
 Each case is first checked against the reference; a case that fails gets no speed. "selector" is what a step with a
 selection costs more than one without, over a whole reuse interval, as a share of the mean step.
 """

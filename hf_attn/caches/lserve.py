@@ -41,7 +41,7 @@ class StoreOptions:
 
 @dataclass
 class Selection:
-    """Pages a selecting step chose: int64 `[B, heads, M - 1]`, the newest page then (`last`) and whether it ran, a row."""
+    """Pages a selecting step chose, int64 `[B, heads, M - 1]`; for each row the newest page then, and if it chose."""
 
     pages: Tensor
     last: list[int]

@@ -36,7 +36,7 @@ class LayerStore(ABC):
 
     @abstractmethod
     def dense(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append, and give everything in the host's slots `[B, H, slots, D]`; raises ValueError when tokens are gone."""
+        """Append, and give everything in the host's slots `[B, H, slots, D]`; ValueError when tokens are gone."""
 
     @abstractmethod
     def crop(self, count: int) -> None:

@@ -12,7 +12,7 @@ from hf_attn.ops.hfattn_paged.pages import Pages
 
 
 class Held(NamedTuple):
-    """Stored tokens: pages `[B, H, 1, slots, D]` and the number of the token in every slot, int64 `[B, slots]`, -1 none."""
+    """Stored tokens: pages `[B, H, 1, slots, D]`, and the number of the token in every slot (-1 none), `[B, slots]`."""
 
     key: Pages
     value: Pages
@@ -30,8 +30,8 @@ class Undo(NamedTuple):
 
 
 class StreamingKV:
-    """While a prompt comes in, `keep_sink` first and `keep_local` recent tokens in order; from the first single token on
-    `sink / P` pages and a ring of `local / P + 1` pages (LServe, arXiv 2502.14866, section 3).
+    """While a prompt comes in, `keep_sink` first and `keep_local` recent tokens in order; from the first single token
+    on `sink / P` pages and a ring of `local / P + 1` pages (LServe, arXiv 2502.14866, section 3).
 
     Args:
         page_size: tokens a page (P).
@@ -64,9 +64,7 @@ class StreamingKV:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def encode(
-        self, key: Tensor, value: Tensor, position: Tensor, scales: tuple[Tensor, Tensor] | None
-    ) -> Held:
+    def encode(self, key: Tensor, value: Tensor, position: Tensor, scales: tuple[Tensor, Tensor] | None) -> Held:
         """New tokens `[B, H, n, D]` with their numbers `[B, n]` (-1: not real) as they are stored."""
         first, second = (None, None) if scales is None else scales
         return Held(self.format.encode(key, first), self.format.encode(value, second), position)

@@ -40,9 +40,7 @@ def choose(
     if not any(long):
         return None, long, False
     known = [previous is not None and previous.valid[b] for b in range(len(lengths))]
-    run = [
-        long[b] and (length % config.reuse_interval == 0 or not known[b]) for b, length in enumerate(lengths)
-    ]
+    run = [long[b] and (length % config.reuse_interval == 0 or not known[b]) for b, length in enumerate(lengths)]
     if not any(run):
         return previous, long, False
     last = [max(length - 2, 0) // size for length in lengths]
@@ -99,9 +97,8 @@ def from_store(
     selection = None
     if retrieval is None or retrieval.numel():
         wide = None if retrieval is None else query_heads(retrieval, group)
-        part, selection = _pages(
-            pick(query[:, :, 0], wide), *(pick(x, retrieval) for x in (key, value)), lengths, config, store, call.scale, done
-        )
+        tensors = [pick(query[:, :, 0], wide), *(pick(x, retrieval) for x in (key, value))]
+        part, selection = _pages(*tensors, lengths, config, store, call.scale, done)
         put(out, wide, part[:, :, None])
     if streaming is None or streaming.numel():
         wide = None if streaming is None else query_heads(streaming, group)
@@ -152,9 +149,7 @@ def _streaming(query, key, value, lengths, real, store: LServeStore, scale) -> T
     newest = torch.tensor(lengths, device=key.device)[:, None] - 1
     seen = (numbers >= 0) & ((numbers < streaming.sink) | (numbers > newest - streaming.local))
     gqa = query.shape[1] != keys.shape[1]
-    return scaled_dot_product_attention(
-        query, keys, values, attn_mask=seen[:, None, None], scale=scale, enable_gqa=gqa
-    )
+    return scaled_dot_product_attention(query, keys, values, attn_mask=seen[:, None, None], scale=scale, enable_gqa=gqa)
 
 
 def query_heads(heads: Tensor, group: int) -> Tensor:
@@ -174,7 +169,14 @@ def ranked_slots(call: AttentionCall) -> tuple[Tensor | None, Tensor]:
 
 
 def read_tokens(
-    query: Tensor, key: Tensor, value: Tensor, heads: Tensor, numbers: Tensor, slots: Tensor | None, length: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Tensor,
+    numbers: Tensor,
+    slots: Tensor | None,
+    length: Tensor,
+    scale: float,
 ) -> Tensor:
     """Attention of one query a row over listed tokens `[B, Hq, 1, Dv]`; differentiable.
 
@@ -217,6 +219,9 @@ def plain_statistics(key: Tensor, slots: Tensor | None, length: Tensor, config: 
     return stats
 
 
+Name = tuple[int, int]
+
+
 class Remembered:
     """Selections of plain caches, found again by the keys they belong to.
 
@@ -255,7 +260,7 @@ class Remembered:
 REMEMBERED = Remembered()
 
 
-def checksums(key: Tensor, slots: Tensor | None, lengths: list[int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def checksums(key: Tensor, slots: Tensor | None, lengths: list[int]) -> tuple[list[Name], list[Name]]:
     """(length, checksum) of every row without its newest token, and with it; exact whatever the order of summing."""
     bits = key[:, 0, :, :8].detach()
     bits = bits.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]).long()
@@ -271,8 +276,13 @@ def checksums(key: Tensor, slots: Tensor | None, lengths: list[int]) -> tuple[li
     return [(n - 1, s) for n, s in zip(lengths, before, strict=True)], list(zip(lengths, with_it, strict=True))
 
 
-def from_keys(call: AttentionCall, config: Any, retrieval: Tensor | None, streaming: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
-    """Attention of one new token a row over all keys of a plain cache: the same result as `from_store`, no faster."""
+def from_keys(
+    call: AttentionCall, config: Any, retrieval: Tensor | None, streaming: Tensor | None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Attention of one new token a row over all keys of a plain cache: the same result as `from_store`, no faster.
+
+    `retrieval` and `streaming` list KV heads, as `head_lists` gives them.
+    """
     query, key, value = call.query, call.key, call.value
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     slots, length = ranked_slots(call)
@@ -284,7 +294,8 @@ def from_keys(call: AttentionCall, config: Any, retrieval: Tensor | None, stream
         heads = torch.arange(kv_heads, device=key.device) if streaming is None else streaming
         numbers = window_numbers(length, config.dec_sink, config.dec_local, key.shape[2])
         wide = query_heads(heads, group)
-        part = read_tokens(query[:, wide], key, value, heads.repeat_interleave(group), numbers, slots, length, call.scale)
+        owners = heads.repeat_interleave(group)
+        part = read_tokens(query[:, wide], key, value, owners, numbers, slots, length, call.scale)
         out = out.index_copy(1, wide, part)
     if retrieval is None or retrieval.numel():
         heads = torch.arange(kv_heads, device=key.device) if retrieval is None else retrieval
@@ -328,7 +339,7 @@ def _remembered_lists(call, query, key, slots, lengths, config, statistics, done
 
 
 def _traced_lists(query, length, config, statistics, slots: int) -> Tensor:
-    """The same inside a compiled graph, where lengths are tensors and nothing is remembered: it selects in every step."""
+    """The same inside a compiled graph: lengths are tensors and nothing is remembered, so it selects in every step."""
     size = config.page_size
     newest = ((length - 1).clamp(min=0) // size)[:, None, None]
     everything = -(-min(slots, config.dense_up_to) // size)
@@ -344,5 +355,3 @@ def _traced_lists(query, length, config, statistics, slots: int) -> Tensor:
     width = max(chosen.shape[2], everything)
     chosen, all_pages = (torch.nn.functional.pad(x, (0, width - x.shape[2]), value=-1) for x in (chosen, all_pages))
     return torch.where((length > config.dense_up_to)[:, None, None], chosen, all_pages)
-
-

@@ -56,7 +56,7 @@ def load_duo_heads(folder: str | Path) -> DuoHeads:
     try:
         table = [[float(cell) for cell in row] for row in rows]
     except ValueError as error:
-        raise ValueError(f"full_attention_heads.tsv in {folder} must hold numbers separated by tabs ({error})") from None
+        raise ValueError(f"full_attention_heads.tsv in {folder} must hold tab-separated numbers ({error})") from None
     widths = {len(row) for row in table}
     if len(widths) != 1:
         raise ValueError(

@@ -30,9 +30,7 @@ def page_statistics(key: Tensor, *, page_size: int, logical_page_size: int) -> t
     require_int("logical_page_size", logical_page_size, 1)
     require_int("page_size", page_size, 1)
     if page_size % logical_page_size:
-        raise ValueError(
-            f"page_size must be a multiple of logical_page_size, got {page_size} and {logical_page_size}"
-        )
+        raise ValueError(f"page_size must be a multiple of logical_page_size, got {page_size} and {logical_page_size}")
     from hf_attn.ops.hfattn_paged.statistics import page_statistics as run
 
     return run(key, page_size, logical_page_size)
@@ -72,7 +70,8 @@ def select_pages(scores: Tensor, last: Tensor, *, count: int) -> Tensor:
         last: int64 `[B]`: the page of the newest cached token; it and later pages are not chosen.
         count: pages, >= 0.
 
-    Returns int64 `[B, H, min(count, pages)]` in no order, -1 where there are fewer. On equal scores the later page wins.
+    Returns int64 `[B, H, min(count, pages)]` in no order, -1 where there are fewer. On equal scores the later page
+    wins.
     """
     require_int("count", count, 0)
     if scores.dim() != 3 or last.shape != scores.shape[:1] or last.is_floating_point():

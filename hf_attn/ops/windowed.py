@@ -87,4 +87,3 @@ def gated_streaming_attention(
     streaming = sink_window_attention(query, key, value, sinks=sinks, window=window, scale=scale)
     gate = alpha.repeat_interleave(query.shape[1] // key.shape[1])[:, None, None]
     return (gate * full + (1 - gate) * streaming).to(full.dtype)
-

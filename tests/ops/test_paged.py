@@ -50,7 +50,9 @@ def test_torch_path_matches_reference(value_dim, name, per_head, current, monkey
     for backend in ("reference", "torch"):
         monkeypatch.setenv("HF_ATTN_BACKEND", backend)
         results[backend] = ops.paged_attention(*arguments, length=length, current=newest)
-    double = ops.paged_attention(query.double(), *arguments[1:], length=length, current=newest) if name is None else None
+    double = None
+    if name is None:
+        double = ops.paged_attention(query.double(), *arguments[1:], length=length, current=newest)
     torch.testing.assert_close(results["torch"], results["reference"], rtol=0, atol=5e-6)
     if double is not None:
         assert_as_good_as_eager(results["torch"], results["reference"], double, slack=4)
@@ -145,7 +147,8 @@ def test_bad_input():
         (lambda: ops.paged_attention(query, pages[0], Pages(value[:, :, :4]), lists, length=length), "pages differ"),
         (lambda: ops.sink_window_attention(query[:, :, None], query[:, :, None], query[:, :, None], sinks=-1, window=3),
          "sinks must be an integer >= 0"),
-        (lambda: ops.gated_streaming_attention(*(key[:, :, 0],) * 3, torch.ones(3), sinks=1, window=2), "one gate a KV head, [2]"),
+        (lambda: ops.gated_streaming_attention(*(key[:, :, 0],) * 3, torch.ones(3), sinks=1, window=2),
+         "one gate a KV head, [2]"),
     ]  # fmt: skip
     for call, message in cases:
         if message is None:

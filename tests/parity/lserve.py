@@ -119,7 +119,8 @@ def _prompt(inputs: dict[str, Tensor], key: Tensor, value: Tensor, options: dict
     query = inputs["pre_q"].transpose(0, 1)[None]
     key, value = key[:, :, :length], value[:, :, :length]
     mechanism = get_mechanism("lserve")
-    call = AttentionCall(query, key, value, key.shape[3] ** -0.5, True, TokenLayout.full(1, length), LayerContext(index=0))
+    tokens, layer = TokenLayout.full(1, length), LayerContext(index=0)
+    call = AttentionCall(query, key, value, key.shape[3] ** -0.5, True, tokens, layer)
     out = mechanism(call, mechanism.config.from_dict(options))
     alpha = inputs["gate_alpha"].clone().requires_grad_()
     sizes = {"sinks": config["ctx_sink"], "window": config["ctx_local"]}

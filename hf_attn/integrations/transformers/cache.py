@@ -71,7 +71,7 @@ class StoreLayer(CacheLayerMixin):
         self.waiting = False
 
     def open(self, config: MechanismConfig, layer: int | None, device: torch.device) -> LayerStore:
-        """The store, on `device`, for a layer that runs with `config`; ValueError when it was made for other options."""
+        """The store, on `device`, for a layer that runs with `config`; ValueError when made for other options."""
         if config is not self._checked:
             self._checked = None
             wanted, held = asdict(config.store_options(layer)), asdict(self.store.options)
@@ -215,7 +215,7 @@ class StoreCache(Cache):
 
 
 class LServeCache(StoreCache):
-    """LServe's cache: retrieval heads in pages with key statistics, streaming heads in sinks and a ring, quantised or not.
+    """LServe's cache: retrieval heads in pages with key statistics, streaming heads in sinks and a ring.
 
     `model.generate` makes one by itself for a model with the mechanism "lserve"; make your own to keep it over several
     turns, or to choose another format: `LServeCache(model.config, kv_quant="int4")`.
@@ -229,7 +229,12 @@ class LServeCache(StoreCache):
     mechanism = "lserve"
 
     def __init__(
-        self, config: PreTrainedConfig, lserve: MechanismConfig | None = None, *, offloading: bool = False, **options: Any
+        self,
+        config: PreTrainedConfig,
+        lserve: MechanismConfig | None = None,
+        *,
+        offloading: bool = False,
+        **options: Any,
     ) -> None:
         text = config.get_text_config(decoder=True)
         known = mechanism_options(text.hf_attn or config.hf_attn, "lserve") if lserve is None else lserve.to_dict()
@@ -342,4 +347,3 @@ def _wants_own_cache(model: Any, generation_config: Any) -> bool:
     if generation_config.use_cache is False or generation_config.cache_implementation not in (None, "dynamic"):
         return False
     return not model.config.is_encoder_decoder and model._supports_default_dynamic_cache()
-

@@ -64,7 +64,9 @@ def test_its_cache_is_made_and_used(model_type):
     assert report["tokens"] == 52 and report["pages_read"] == counts["pages_read"] and report["bytes"]["streaming"] >= 0
 
 
-@pytest.mark.parametrize("options", [SPARSE, {**SPARSE, "group_select": "group_max"}, RETRIEVAL], ids=["mixed", "group", "r"])
+@pytest.mark.parametrize(
+    "options", [SPARSE, {**SPARSE, "group_select": "group_max"}, RETRIEVAL], ids=["mixed", "group_max", "retrieval"]
+)
 @pytest.mark.parametrize("other", ["dynamic", "static"])
 def test_plain_caches_give_the_same_tokens(options, other):
     """Statistics from the keys, streaming by mask, and the same selections used as long."""

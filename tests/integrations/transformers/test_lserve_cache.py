@@ -195,7 +195,8 @@ def test_gradients_behind_a_cache_are_refused_in_training():
 def test_models_without_causal_attention_are_refused():
     from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.for_model("bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AutoConfig.for_model("bert", **sizes)
     model = AutoModel.from_config(config, attn_implementation="hf_attn_lserve").eval()
     with pytest.raises(ValueError, match="hf_attn_lserve needs causal attention"):
         model(tokens(1, 5))

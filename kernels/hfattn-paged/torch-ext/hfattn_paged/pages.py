@@ -48,5 +48,3 @@ class Pages(NamedTuple):
         """The same pages with `function` applied to every tensor that has pages."""
         scale = self.scale if self.scale is None or self.scale.dim() == 0 else function(self.scale)
         return Pages(function(self.data), scale, None if self.zero is None else function(self.zero), self.bits)
-
-

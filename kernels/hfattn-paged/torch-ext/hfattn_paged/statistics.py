@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def empty_statistics(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Statistics of pages without a token: `[..., 2, D]` with `[..., 0, :]` = -inf (kmax), `[..., 1, :]` = inf (kmin)."""
+    """Statistics of pages without a token, `[..., 2, D]`: `[..., 0, :]` = -inf (kmax), `[..., 1, :]` = inf (kmin)."""
     stats = torch.full(shape, float("-inf"), dtype=dtype, device=device)
     stats[..., 1, :] = float("inf")
     return stats
