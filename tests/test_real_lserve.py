@@ -42,7 +42,7 @@ def dense(smollm2):
 
 
 def generate(model, batch, **options) -> torch.Tensor:
-    settings = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0, **options}
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
     return model.generate(**batch, **settings)
 
 
@@ -67,9 +67,9 @@ def test_caches_and_batches_agree(dense):
         alone = {name: t[row : row + 1, -length:] for name, t in batch.items()}
         assert torch.equal(generate(model, alone)[0, length:], rows[row, batch["input_ids"].shape[1] :])
     one = tokenizer(PROMPTS[2], return_tensors="pt")
-    beams = generate(model, one, num_beams=2, max_new_tokens=12, min_new_tokens=12)
+    beams = generate(model, one, num_beams=2)
     plain = cache_argument(model, DynamicCache(config=model.config))
-    assert torch.equal(generate(model, one, num_beams=2, max_new_tokens=12, min_new_tokens=12, **plain), beams)
+    assert torch.equal(generate(model, one, num_beams=2, **plain), beams)
     cache = LServeCache(model.config)
     first = generate(model, one, **cache_argument(model, cache))
     cache.reset()

@@ -11,8 +11,8 @@ from tests.parity import lserve
 
 CASES = [
     {"num_heads": 6, "num_kv_heads": 3, "head_dim": 24, "physical_page": 12, "logical_page": 6, "token_budget": 60,
-     "sink": 12, "local": 24, "reuse_interval": 3, "prefill_len": 150, "decode_steps": 15, "ctx_sink": 5, "ctx_local": 17,
-     "prefill_case_len": 70, "kv_bits": 8},
+     "sink": 12, "local": 24, "reuse_interval": 3, "prefill_len": 150, "decode_steps": 15, "ctx_sink": 5,
+     "ctx_local": 17, "prefill_case_len": 70, "kv_bits": 8},
     # The budget is passed on the way, and a page holds one logical page.
     {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "physical_page": 8, "logical_page": 8, "token_budget": 40,
      "sink": 0, "local": 8, "reuse_interval": 4, "prefill_len": 33, "decode_steps": 20, "ctx_sink": 0, "ctx_local": 1,
@@ -30,7 +30,8 @@ def inputs_of(config: dict) -> dict[str, Tensor]:
 
     length = config["prefill_case_len"]
     return {
-        "k": draw(kv_heads, total, dim), "v": draw(kv_heads, total, dim), "dec_q": draw(config["decode_steps"], heads, dim),
+        "k": draw(kv_heads, total, dim), "v": draw(kv_heads, total, dim),
+        "dec_q": draw(config["decode_steps"], heads, dim),
         "retrieval_flags": torch.tensor([1, 0, 1, 1][:kv_heads]), "pre_q": draw(length, heads, dim),
         "gate_alpha": torch.rand(kv_heads, generator=generator), "gate_dout": draw(length, heads, dim),
         "cls_alpha": torch.rand(5, 3, generator=generator), "cls_sparsity": torch.tensor([0.0, 0.4, 1.0]),
