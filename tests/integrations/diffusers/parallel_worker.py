@@ -97,9 +97,8 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     torch.set_num_threads(1)
     hf_attn.register_mechanism(BAND)
-    for name in ("wan", "flux"):
-        for density in (1.0, 0.3):
-            check_model(name, density, rank, ranks)
+    for name, density in [("wan", 1.0), ("wan", 0.3), ("flux", 1.0), ("flux", 0.3), ("flux2", 0.3), ("qwen", 0.3)]:
+        check_model(name, density, rank, ranks)
     check_gradients(rank, ranks)
     print("ok")
     dist.destroy_process_group()

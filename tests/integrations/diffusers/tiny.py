@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +23,8 @@ def tokenizer(bos: str | None = None, max_len: int = 64):
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     ends = [(token, vocab[token]) for token in ["</s>", *([bos] if bos else [])]]
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A </s>" if bos else "$A </s>", special_tokens=ends
-    )
+    single = f"{bos} $A </s>" if bos else "$A </s>"
+    core.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token=bos,
         model_max_length=max_len,
@@ -46,10 +45,6 @@ def clip(projection: bool = False):
         projection_dim=32, eos_token_id=1, bos_token_id=3, pad_token_id=0,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
-
-
-def clip_tokenizer():
-    return tokenizer(bos="<s>", max_len=77)
 
 
 # -- the pipelines ---------------------------------------------------------------------------------------------------
@@ -80,7 +75,6 @@ class Tiny:
     text: int = 0
     steps: int = 2
     samples: int = 1
-    options: dict[str, Any] = field(default_factory=dict)
 
     def run(self, **changes: Any) -> Tensor:
         """One generation, seeded; latents, or a bare model's output."""
@@ -260,7 +254,7 @@ def flux(layers: int = 1) -> Tiny:
         shift_factor=0.0609, scaling_factor=1.5,
     )  # fmt: skip
     pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), vae, clip(), clip_tokenizer(), t5(32), tokenizer(), transformer
+        FlowMatchEulerDiscreteScheduler(), vae, clip(), tokenizer("<s>", 77), t5(32), tokenizer(), transformer
     )
     call = dict(prompt="a cat", height=16, width=24, max_sequence_length=16)
     return Tiny(pipe, transformer, call, branches=1, sites=2 * layers, grid=(1, 8, 12), text=16)
@@ -300,8 +294,8 @@ def sd3(layers: int = 2) -> Tiny:
         shift_factor=0.0609, scaling_factor=1.5,
     )  # fmt: skip
     pipe = StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(), vae, clip(True), clip_tokenizer(), clip(True),
-        clip_tokenizer(), t5(32), tokenizer(),
+        transformer, FlowMatchEulerDiscreteScheduler(), vae, clip(True), tokenizer("<s>", 77), clip(True),
+        tokenizer("<s>", 77), t5(32), tokenizer(),
     )  # fmt: skip
     call = dict(prompt="a cat", negative_prompt="", height=8, width=12, max_sequence_length=16)
     return Tiny(pipe, transformer, call, branches=1, sites=layers + 1, grid=(1, 8, 12), text=93)
@@ -325,10 +319,10 @@ def qwen(layers: int = 2) -> Tiny:
     )  # fmt: skip
     pipe = QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
     call = dict(
-        prompt_embeds=torch.randn(1, 7, 16), prompt_embeds_mask=torch.tensor([[1, 1, 1, 1, 1, 0, 0]]),
+        prompt_embeds=torch.randn(1, 8, 16), prompt_embeds_mask=torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]]),
         height=64, width=96,
     )  # fmt: skip
-    return Tiny(pipe, transformer, call, branches=1, sites=layers, grid=(1, 4, 6), text=7)
+    return Tiny(pipe, transformer, call, branches=1, sites=layers, grid=(1, 4, 6), text=8)
 
 
 def pixart(layers: int = 2) -> Tiny:
@@ -376,7 +370,7 @@ def sdxl(layers: int = 1) -> Tiny:
         up_block_types=("UpDecoderBlock2D",) * 2, sample_size=32,
     )  # fmt: skip
     pipe = StableDiffusionXLPipeline(
-        vae, clip(), clip(True), clip_tokenizer(), clip_tokenizer(), unet, EulerDiscreteScheduler()
+        vae, clip(), clip(True), tokenizer("<s>", 77), tokenizer("<s>", 77), unet, EulerDiscreteScheduler()
     )
     call = dict(prompt="a cat", negative_prompt="", height=32, width=48)
     return Tiny(pipe, unet, call, branches=1, sites=4 * layers, grid=(1, 8, 12))
