@@ -25,7 +25,9 @@ if TYPE_CHECKING:
         stats,
         unregister_mechanism,
     )
+    from hf_attn.integrations.transformers.cache import LServeCache, cache_report
     from hf_attn.mechanism import Capabilities, Mechanism, MechanismConfig
+    from hf_attn.mechanisms.lserve import LServeConfig, classify_heads, load_duo_heads
 
 # Where each public name lives; it is imported when first asked for.
 _HOMES = {
@@ -43,16 +45,26 @@ _HOMES = {
     "Mechanism": "hf_attn.mechanism",
     "MechanismConfig": "hf_attn.mechanism",
     "recommend": "hf_attn.analysis.snr",
+    "LServeCache": "hf_attn.integrations.transformers.cache",
+    "LServeConfig": "hf_attn.mechanisms.lserve",
+    "cache_report": "hf_attn.integrations.transformers.cache",
+    "classify_heads": "hf_attn.mechanisms.lserve",
+    "load_duo_heads": "hf_attn.mechanisms.lserve",
 }
 
 __all__ = [
     "Capabilities",
+    "LServeCache",
+    "LServeConfig",
     "Mechanism",
     "MechanismConfig",
     "apply",
+    "cache_report",
+    "classify_heads",
     "doctor",
     "enable_continuous_batching",
     "list_mechanisms",
+    "load_duo_heads",
     "recommend",
     "register_mechanism",
     "remove",

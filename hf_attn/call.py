@@ -166,7 +166,8 @@ class LayerContext:
     Args:
         index, count: number of the attention layer, and of all of them; `None` when the host does not say.
         module: the host's attention module.
-        cache: the host's cache layer when an integration hands one over.
+        cache: the layer's `hf_attn.caches.store.LayerStore` when the mechanism has one of its own. `key` and `value` of
+            the call are then the new tokens alone, which the mechanism appends itself; `tokens` describes all of them.
         step: denoising step of a diffusion model.
         training: the module's training flag.
         record: takes what happened, as keywords (`path`, `density`, `reason`, ...), for `hf_attn.stats`.

@@ -93,6 +93,9 @@ class MechanismConfig:
             if isinstance(where, int) and not -count <= where < count:
                 raise ValueError(f"layers names layer {key}, but the model has {count} layers (0 to {count - 1})")
 
+    def check_head_count(self, count: int) -> None:
+        """Refuse options that were made for another number of KV heads; most mechanisms have none."""
+
 
 def _parse_layer_key(key: str) -> int | slice:
     parts = key.split(":")
@@ -151,6 +154,8 @@ class Mechanism:
         select: `(call, config) -> BlockPattern`, the union over the queries of a block, for pictures.
         attended: `(call, config, rows) -> bool [B, Hq, R, Nk]`, keys that query rows `rows` (int64 [R]) really read,
             for analysis.
+        store: `(config of a layer, layer number, KV heads) -> hf_attn.caches.store.LayerStore`, the mechanism's own
+            cache of a layer; integrations hand it back in `call.layer.cache`. None: the host's cache is all it needs.
     """
 
     name: str
@@ -162,6 +167,7 @@ class Mechanism:
     describe: Callable[[Any, int, int], dict[str, Any]] | None = None
     select: Callable[[AttentionCall, Any], Any] | None = None
     attended: Callable[[AttentionCall, Any, Tensor], Tensor] | None = None
+    store: Callable[[Any, int | None, int | None], Any] | None = None
 
     def __call__(self, call: AttentionCall, config: MechanismConfig) -> Tensor:
         """Attend, after every observer of `observe` has seen the call."""

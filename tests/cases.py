@@ -16,6 +16,7 @@ class Case:
         options: small options, so that short sequences are really sparse.
         dense_options: options under which it must equal dense attention.
         block_size: of the options, for the lengths around block borders.
+        size_option: the option that holds it.
         dense_decode: a single token behind a cache attends to everything, by definition of this setting.
         bad_options: options that must be refused, with the word the message must contain.
     """
@@ -25,6 +26,7 @@ class Case:
     options: dict[str, Any]
     dense_options: dict[str, Any]
     block_size: int
+    size_option: str = "block_size"
     dense_decode: bool = False
     bad_options: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
 
@@ -40,6 +42,31 @@ MOBA_BAD = {
     "layers value": ({"layers": {"0": 3}}, "layers['0'] must be a dict of options or None"),
     "layers option": ({"layers": {"0": {"top_k": 0}}}, "top_k must be an integer >= 1, got 0"),
     "unknown": ({"topk": 3}, "has no option 'topk' (did you mean 'top_k'?)"),
+}
+
+LSERVE_STREAMING = {
+    "static_sparsity": 1.0,
+    "page_size": 8,
+    "logical_page_size": 4,
+    "token_budget": 24,
+    "ctx_sink": 8,
+    "ctx_local": 16,
+    "dec_sink": 8,
+    "dec_local": 16,
+    "min_seq_len": 0,
+}
+LSERVE_BAD = {
+    "logical page": ({"page_size": 64, "logical_page_size": 48}, "page_size must be a multiple of logical_page_size"),
+    "budget": ({"token_budget": 1000}, "token_budget must be a multiple of page_size=64, got 1000"),
+    "small budget": ({"token_budget": 128}, "token_budget must be at least three pages (192 tokens), got 128"),
+    "dec_sink": ({"dec_sink": 100}, "dec_sink must be a multiple of page_size=64, got 100"),
+    "dec_local": ({"dec_local": 100}, "dec_local must be a multiple of page_size=64, got 100"),
+    "sparsity": ({"static_sparsity": 1.5}, "static_sparsity must lie in [0, 1], got 1.5"),
+    "kv_quant": ({"kv_quant": "int3"}, "kv_quant must be one of None, 'int8', 'int4', 'int8-per-tensor', got 'int3'"),
+    "group_select": ({"group_select": "mean"}, "group_select must be one of 'per_query_head', 'group_max', got 'mean'"),
+    "heads": ({"heads": [[1, 2]]}, "heads must hold 0 or 1 in every place, got 2"),
+    "ragged gates": ({"gates": [[1.0, 0.0], [1.0]]}, "gates must be a list of rows of equal length"),
+    "unknown": ({"budget": 3}, "has no option 'budget'"),
 }
 
 CASES = [
@@ -78,5 +105,14 @@ CASES = [
             "block size": ({"block_size": 0}, "block_size must be an integer >= 1, got 0"),
             "unknown": ({"sinks": 3}, "has no option 'sinks'"),
         },
+    ),
+    Case(
+        id="lserve-streaming",
+        mechanism="lserve",
+        options=LSERVE_STREAMING,
+        dense_options={**LSERVE_STREAMING, "ctx_local": 100_000, "dec_local": 80_000},
+        block_size=8,
+        size_option="page_size",
+        bad_options=LSERVE_BAD,
     ),
 ]

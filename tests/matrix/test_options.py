@@ -23,7 +23,7 @@ def test_bad_option(case, name):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_round_trip(case):
     config_class = get_mechanism(case.mechanism).config
-    config = config_class.from_dict({**case.options, "layers": {0: None, "-2:": {"block_size": 8}}})
+    config = config_class.from_dict({**case.options, "layers": {0: None, "-2:": {case.size_option: 8}}})
     stored = json.loads(json.dumps(config.to_dict()))
     assert config_class.from_dict(stored) == config
     assert json.dumps(config_class.from_dict(stored).to_dict()) == json.dumps(config.to_dict())
@@ -32,11 +32,12 @@ def test_round_trip(case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_layers(case):
     config_class = get_mechanism(case.mechanism).config
-    config = config_class.from_dict({**case.options, "layers": {"::2": {"block_size": 4}, -1: None, "0": None}})
+    config = config_class.from_dict({**case.options, "layers": {"::2": {case.size_option: 4}, -1: None, "0": None}})
     assert config.for_layer(0, 5) is None and config.for_layer(4, 5) is None
-    assert config.for_layer(2, 5).block_size == 4
-    assert config.for_layer(1, 5).block_size == case.options["block_size"]
-    assert config_class.from_dict(case.options).for_layer(None, None).block_size == case.options["block_size"]
+    own = case.options[case.size_option]
+    assert getattr(config.for_layer(2, 5), case.size_option) == 4
+    assert getattr(config.for_layer(1, 5), case.size_option) == own
+    assert getattr(config_class.from_dict(case.options).for_layer(None, None), case.size_option) == own
     with pytest.raises(ValueError, match="no layer_idx"):
         config.for_layer(None, 5)
     with pytest.raises(ValueError, match="names layer 7, but the model has 5 layers"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_attn.call import AttentionCall, LayerContext, TokenLayout
 from hf_attn.integrations.transformers.config import PREFIX, mechanism_options
 from hf_attn.integrations.transformers.continuous import is_continuous, paged_sequences
+from hf_attn.integrations.transformers.handle import take
 from hf_attn.integrations.transformers.masks import COMPACT_OK, layout_from_mask, mask_kind
 from hf_attn.integrations.transformers.packing import check_packing
 from hf_attn.integrations.transformers.stats import stats_of
@@ -72,6 +73,8 @@ def attention_forward(
     and bidirectional layers under a mechanism that needs causal ones. Cross-attention, and layers with a sliding window
     of their own, run dense and are counted.
     """
+    # Before anything can fail: a handle that nobody takes is an error of the next step.
+    cache = take(key)
     refuse_unsupported(module, hf_attn_name, dropout, kwargs)
     host = HostLayer(
         module=module,
@@ -82,7 +85,8 @@ def attention_forward(
     )
     if is_continuous(kwargs):
         return _continuous(host, query, key, value, kwargs), None
-    kind = mask_kind(attention_mask, query.shape[2], key.shape[2])
+    k_len = key.shape[2] + (0 if cache is None else cache.store.slots)
+    kind = mask_kind(attention_mask, query.shape[2], k_len)
     if kind in ("causal", "bidirectional"):
         causal = kind == "causal"
     else:
@@ -90,9 +94,10 @@ def attention_forward(
     cross = is_cross_attention(module, causal, query.shape[2], key.shape[2])
     if cross or getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         refuse_packing(module, hf_attn_name, kwargs)
-    tokens = layout_from_mask(attention_mask, query, key, kwargs)
+    tokens = layout_from_mask(attention_mask, query, k_len, kwargs)
     check_packing(module, _owner(module, hf_attn_name), tokens, kwargs.get("position_ids"))
-    return _attend(host, query, key, value, causal, tokens, kind).transpose(1, 2).contiguous(), None
+    out = _attend(host, query, key, value, causal, tokens, kind, cache)
+    return out.transpose(1, 2).contiguous(), None
 
 
 @dataclass(frozen=True)
@@ -107,15 +112,32 @@ class HostLayer:
 
 
 def _attend(
-    host: HostLayer, query: Tensor, key: Tensor, value: Tensor, causal: bool, tokens: TokenLayout, kind: str
+    host: HostLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    tokens: TokenLayout,
+    kind: str,
+    cache: Any = None,
 ) -> Tensor:
-    """One call of the mechanism, or of dense attention where the layer stays dense: `[B, Hq, Nq, Dv]`, counted."""
+    """One call of the mechanism, or of dense attention where the layer stays dense: `[B, Hq, Nq, Dv]`, counted.
+
+    `cache`: the cache layer that came with the keys; they are then the new ones alone.
+    """
     module = host.module
+    cross = is_cross_attention(module, causal, query.shape[2], key.shape[2])
+    reason = CROSS_ATTENTION if cross else dense_reason(module, host.name, host.resolved, tokens, kind, host.window)
+    store = None
+    if cache is not None and reason is not None:
+        key, value = cache.store.dense(key, value)
+    elif cache is not None:
+        store = cache.open(host.resolved.config, getattr(module, "layer_idx", None), query.device)
     recording = not torch.compiler.is_compiling()
     listener = {}
     if recording:
         stats = stats_of(module)
-        stats.begin(query.shape[2], key.shape[2])
+        stats.begin(query.shape[2], tokens.k_len)
         listener["record"] = stats.record
     call = AttentionCall(
         query=query,
@@ -128,21 +150,21 @@ def _attend(
             index=getattr(module, "layer_idx", None),
             count=getattr(getattr(module, "config", None), "num_hidden_layers", None),
             module=module,
+            cache=store,
             training=module.training,
             **listener,
         ),
     )
-    if is_cross_attention(module, causal, query.shape[2], key.shape[2]):
-        reason = CROSS_ATTENTION
-    else:
-        reason = dense_reason(module, host.name, host.resolved, tokens, kind, host.window)
     if reason is None and not causal:
         refuse_bidirectional(module, host.resolved.mechanism)
     if recording:
         for watcher in _WATCHERS:
             watcher(call, host.resolved, reason)
     if reason is None:
-        return host.resolved.mechanism(call, host.resolved.config)
+        out = host.resolved.mechanism(call, host.resolved.config)
+        if cache is not None:
+            cache.close()
+        return out
     from hf_attn.ops import dense_attention
 
     call.layer.record(path="dense", reason=reason)

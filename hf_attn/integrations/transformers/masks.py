@@ -228,18 +228,20 @@ def mask_kind(attention_mask: Tensor | None, q_len: int, k_len: int) -> str:
 
 
 def layout_from_mask(
-    attention_mask: Tensor | None, query: Tensor, key: Tensor, kwargs: Mapping[str, Any] | None = None
+    attention_mask: Tensor | None, query: Tensor, keys: Tensor | int, kwargs: Mapping[str, Any] | None = None
 ) -> TokenLayout:
     """Which tokens of a host call are real and where they sit.
 
     Args:
         attention_mask: `None`, what `index_mask` returns, or a 4-D mask of the user (bool or additive float).
-        query, key: `[B, H, Nq, D]`, `[B, Hkv, Nk, D]`; only their shapes are read.
+        query: `[B, H, Nq, D]`; only its shape is read.
+        keys: `[B, Hkv, Nk, D]`, or the number of keys, cached ones included.
         kwargs: the host's other arguments; `cu_seq_lens_q` and `cu_seq_lens_k` (packed rows) are honoured.
 
     Raises ValueError for masks of another kind or shape.
     """
-    batch, q_len, k_len = query.shape[0], query.shape[2], key.shape[2]
+    batch, q_len = query.shape[0], query.shape[2]
+    k_len = keys if isinstance(keys, int) else keys.shape[2]
     kind = mask_kind(attention_mask, q_len, k_len)
     if kind in ("pattern", "dense"):
         return TokenLayout(batch, q_len, k_len, dense=_checked_dense(attention_mask, q_len, k_len))

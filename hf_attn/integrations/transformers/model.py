@@ -64,6 +64,8 @@ def apply(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
         refuse_config(found, mechanism.name)
         if (count := getattr(found, "num_hidden_layers", None)) is not None:
             config.check_layer_count(count)
+        if (count := getattr(found, "num_key_value_heads", None)) is not None:
+            config.check_head_count(count)
     registration.register(mechanism.name)
     before = Previous(implementations(model.config), copy.deepcopy(model.config.hf_attn))
     try:

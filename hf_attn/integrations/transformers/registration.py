@@ -11,6 +11,7 @@ from typing import Any
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from hf_attn.integrations.transformers import cache
 from hf_attn.integrations.transformers import config as config_property
 from hf_attn.integrations.transformers.attention import attention_forward
 from hf_attn.integrations.transformers.config import PREFIX
@@ -24,6 +25,7 @@ _RESERVED = ("flash", "sdpa", "flex_attention", "paged", "eager")
 def install() -> None:
     """Register all mechanisms and the config property. Imports no mechanism; harmless when repeated."""
     config_property.install()
+    cache.install()
     for name in mechanism_names():
         register(name)
 

@@ -26,6 +26,7 @@ class LayerStats:
     paths: Counter[str] = field(default_factory=Counter)
     computed: float | Tensor = 0.0
     visible: float | Tensor = 0.0
+    counts: dict[str, float | Tensor] = field(default_factory=dict)
     q_len: int = 0
     k_len: int = 0
 
@@ -41,6 +42,7 @@ class LayerStats:
         computed: float | Tensor | None = None,
         visible: float | Tensor | None = None,
         reason: str | None = None,
+        counts: dict[str, float | Tensor] | None = None,
     ) -> None:
         """What a mechanism (or the integration) reports about the running call; this is `call.layer.record`.
 
@@ -50,6 +52,7 @@ class LayerStats:
                 over batch and heads in the same way for both. Python numbers, or 0-dim tensors (read only when the
                 statistics are asked for, so a device is never synchronised here).
             reason: why the call ran dense; `None` for a sparse call.
+            counts: further numbers of the mechanism's own (pages read, ...), summed over calls.
         """
         if path is not None:
             self.paths[path] += 1
@@ -60,6 +63,8 @@ class LayerStats:
         if computed is not None and visible is not None:
             self.computed = self.computed + _detached(computed)
             self.visible = self.visible + _detached(visible)
+        for name, number in (counts or {}).items():
+            self.counts[name] = self.counts.get(name, 0) + _detached(number)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready counters; `density` is computed over visible pairs of the calls that reported them, or None."""
@@ -74,6 +79,7 @@ class LayerStats:
             "computed_pairs": computed,
             "visible_pairs": visible,
             "density": computed / visible if visible else None,
+            "counts": {name: float(number) for name, number in self.counts.items()},
             "last_q_len": self.q_len,
             "last_k_len": self.k_len,
         }
@@ -119,8 +125,10 @@ def reset_model_stats(model: nn.Module) -> None:
 def totals(layers: dict[int | str, dict[str, Any]]) -> dict[str, Any]:
     """Sums over layers; `density` is again computed over visible pairs."""
     reasons: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for layer in layers.values():
         reasons.update(layer["dense_reasons"])
+        counts.update(layer["counts"])
     computed = sum(layer["computed_pairs"] for layer in layers.values())
     visible = sum(layer["visible_pairs"] for layer in layers.values())
     return {
@@ -130,6 +138,7 @@ def totals(layers: dict[int | str, dict[str, Any]]) -> dict[str, Any]:
         "dense_calls": sum(layer["dense_calls"] for layer in layers.values()),
         "dense_reasons": dict(reasons),
         "density": computed / visible if visible else None,
+        "counts": dict(counts),
     }
 
 

@@ -110,7 +110,7 @@ def rows_by_block(routes: torch.Tensor, own: torch.Tensor, num_blocks: int) -> t
     # Integers of few bits are sorted digit by digit: the narrower, the faster.
     narrow = torch.int16 if num_blocks < torch.iinfo(torch.int16).max else torch.int32
     keys = routes.masked_fill((routes < 0) | (routes >= own[:, None]), num_blocks).to(narrow).view(-1)
-    keys, order = keys.sort(stable=True)
+    keys, order = keys.sort(dim=-1, stable=True)
     bounds = torch.searchsorted(keys, torch.arange(num_blocks + 1, dtype=narrow, device=keys.device))
     listed = order[: int(bounds[-1])].div(max(1, routes.shape[1]), rounding_mode="floor")
     return listed, bounds.tolist()

@@ -165,7 +165,7 @@ def to_key_block_major(routes: torch.Tensor, num_blocks: int) -> tuple[torch.Ten
     segment = torch.arange(batch * heads, device=routes.device).view(batch, heads, 1, 1) * num_blocks
     sentinel = batch * heads * num_blocks
     keys = torch.where(routes >= 0, routes + segment, sentinel).reshape(-1)
-    keys, order = keys.sort(stable=True)
+    keys, order = keys.sort(dim=-1, stable=True)
     ends = torch.searchsorted(keys, torch.arange(1, sentinel + 1, device=keys.device, dtype=keys.dtype))
     starts = torch.cat([ends.new_zeros(1), ends])[:-1]
     counts = ends - starts

@@ -1,0 +1,63 @@
+"""Which pages a query reads: an upper bound of its scores from the key statistics, then the best pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def logical_scores(query: Tensor, stats: Tensor) -> Tensor:
+    """Upper bound of q.k over the keys of every logical page, fp32 (fp64 for fp64), `[B, Hq, pages, G]`.
+
+    sum_c max(q_c kmax_c, q_c kmin_c) = relu(q).kmax + min(q, 0).kmin (LServe, arXiv 2502.14866 eq. 2); -inf for pages
+    without a token.
+
+    Args:
+        query: `[B, Hq, D]`.
+        stats: `[B, H, pages, G, 2, D]`, query head h reads head `h // (Hq // H)`.
+    """
+    batch, heads, pages, logical, _, dim = stats.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    query = query.to(dtype).view(batch * heads, -1, dim)
+    both = torch.cat([query.clamp(min=0), query.clamp(max=0)], -1)
+    table = stats.reshape(batch * heads, pages * logical, 2 * dim).to(dtype)
+    scores = torch.bmm(both, table.mT)
+    # 0 * inf is not a number; a page without a token has -inf in every channel.
+    empty = torch.isneginf(table[:, None, :, 0])
+    scores = scores.masked_fill(empty, float("-inf"))
+    return scores.view(batch, -1, pages, logical)
+
+
+def page_scores(query: Tensor, stats: Tensor) -> Tensor:
+    """The best logical page of every physical page, `[B, Hq, pages]`; arguments as `logical_scores`."""
+    return logical_scores(query, stats).amax(-1)
+
+
+def select_pages(scores: Tensor, last: Tensor, count: int) -> Tensor:
+    """The best `count` pages before page `last`, int64 `[B, H, min(count, pages)]`, -1 padded, in no order.
+
+    Args:
+        scores: `[B, H, pages]`.
+        last: int `[B]`; pages from here on take no part.
+        count: pages, >= 0. On equal scores the later page wins.
+    """
+    pages = scores.shape[2]
+    count = min(count, pages)
+    number = torch.arange(pages, device=scores.device)
+    # A page before `last` always holds tokens; its score is finite or NaN, and NaN counts as the worst.
+    scores = torch.where(number < last[:, None, None], scores.nan_to_num(nan=-3e38, neginf=-3e38), float("-inf"))
+    if count == 0:
+        return scores.new_empty(*scores.shape[:2], 0, dtype=torch.int64)
+    found = scores.topk(count, sorted=False)
+    if count < pages and _tied(scores, found.values):
+        order = scores.flip(-1).sort(dim=-1, descending=True, stable=True)
+        return torch.where(torch.isneginf(order.values), -1, pages - 1 - order.indices)[..., :count]
+    return torch.where(torch.isneginf(found.values), -1, found.indices)
+
+
+def _tied(scores: Tensor, chosen: Tensor) -> bool:
+    """Whether the choice among equal scores is open; compiled code and GPUs do not look and take the exact way."""
+    if torch.compiler.is_compiling() or scores.device.type != "cpu":
+        return True
+    worst = chosen.amin(-1, keepdim=True)
+    return bool((((scores >= worst) & ~torch.isneginf(scores)).sum(-1) > chosen.shape[-1]).any())

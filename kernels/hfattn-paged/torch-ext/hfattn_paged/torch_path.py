@@ -1,0 +1,136 @@
+"""Paged decode attention in plain torch: copies the listed pages into a small workspace and multiplies there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .pages import Pages
+
+# Numbers of one gathered piece: small enough for a core's own cache, large enough that calls cost little beside it.
+PIECE = 1 << 17
+
+
+def paged_attention(
+    query: Tensor,
+    key: Pages,
+    value: Pages,
+    pages: Tensor,
+    length: Tensor,
+    scale: float,
+    current: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """softmax(scale * q.k) v over the tokens of the listed pages, one query a row, fp32 inside (fp64 for fp64).
+
+    Args:
+        query: `[B, Hq, D]`.
+        key, value: pages of `[B, H, n, P, D]` and `[B, H, n, P, Dv]`.
+        pages: int64 `[B, H | Hq, W]`, -1 padded, no page twice.
+        length: int64 `[B]`: tokens from here on are not read.
+        current: the newest token (number `length - 1`) as it was before quantisation, `[B, H, D]` and `[B, H, Dv]`.
+
+    Returns `[B, Hq, Dv]` in the query's dtype; 0 for rows without a token.
+    """
+    batch, q_heads, _ = query.shape
+    lists, size, width = pages.shape[1], key.page_size, pages.shape[2]
+    rows = q_heads // lists
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    token = pages[..., None] * size + torch.arange(size, device=pages.device)
+    seen = ((pages >= 0)[..., None] & (token < length[:, None, None, None])).flatten(2)  # [B, lists, W * P]
+    # Fill gaps with a page that is read anyway: any other may hold anything.
+    filled = torch.where(pages >= 0, pages, pages.amax(-1, keepdim=True).clamp(min=0))
+    head = torch.arange(lists, device=pages.device) * key.data.shape[1] // lists
+    first = (torch.arange(batch, device=pages.device)[:, None] * key.data.shape[1] + head) * key.data.shape[2]
+    table = (filled + first[..., None]).flatten(0, 1)  # [B * lists, W] rows of the page tables
+
+    vectors = (query.to(dtype) * scale).reshape(batch * lists, rows, -1)
+    scores = torch.empty(batch * lists, rows, width * size, dtype=dtype, device=query.device)
+    for at, columns, part in _pieces(key, table, dtype):
+        part.scores(vectors[at], scores[at, :, columns])
+    newest = None
+    if current is not None:
+        newest = (token == length[:, None, None, None] - 1) & (pages >= 0)[..., None]
+        newest = newest.flatten(2).flatten(0, 1)[:, None]
+        own = (vectors.view(batch, lists, rows, -1) * _of_lists(current[0], lists, dtype)).sum(-1)
+        scores = torch.where(newest, own.reshape(batch * lists, rows, 1), scores)
+    scores.masked_fill_(~seen.flatten(0, 1)[:, None], float("-inf"))
+    weights = torch.softmax(scores, -1)
+    out = torch.zeros(batch * lists, rows, value.head_dim, dtype=dtype, device=query.device)
+    if newest is not None:
+        own = (weights * newest).sum(-1, keepdim=True)
+        out += own * _of_lists(current[1], lists, dtype).reshape(batch * lists, 1, -1)
+        weights = weights.masked_fill(newest, 0.0)
+    for at, columns, part in _pieces(value, table, dtype):
+        part.add_weighted(weights[at, :, columns], out[at])
+    blind = ~seen.flatten(0, 1).any(-1)
+    return out.masked_fill_(blind[:, None, None], 0.0).view(batch, q_heads, -1).to(query.dtype)
+
+
+def _of_lists(x: Tensor, lists: int, dtype: torch.dtype) -> Tensor:
+    """`[B, H, D]` of the KV heads as `[B, lists, 1, D]`."""
+    return x.to(dtype).repeat_interleave(lists // x.shape[1], 1)[:, :, None]
+
+
+class _Part:
+    """Gathered pages of some lists: `[n, tokens, D]`, floating or as codes that are never dequantised one by one.
+
+    With codes, q.(s (c - z)) = s (q.c - z sum(q)) and sum_i w_i s_i (c_i - z_i) = (w s).c - (w s).z.
+    """
+
+    def __init__(self, data: Tensor, scale: Tensor | None, zero: Tensor | None, bits: int | None, dtype: torch.dtype):
+        self.scale = None if scale is None else scale.to(dtype)
+        self.zero = None if zero is None else zero.to(dtype)
+        halves = (data & 15, data >> 4) if bits == 4 else (data,)
+        self.halves = [half.to(dtype) for half in halves]
+
+    def scores(self, query: Tensor, out: Tensor) -> None:
+        """out `[n, rows, tokens]` = q.k."""
+        if self.scale is None:
+            torch.bmm(query, self.halves[0].mT, out=out)
+            return
+        if len(self.halves) == 2:
+            product = torch.bmm(query[..., 0::2], self.halves[0].mT)
+            product.baddbmm_(query[..., 1::2], self.halves[1].mT)
+        else:
+            product = torch.bmm(query, self.halves[0].mT)
+        if self.zero is not None:
+            product -= self.zero * query.sum(-1, keepdim=True)
+        torch.mul(product, self.scale, out=out)
+
+    def add_weighted(self, weights: Tensor, out: Tensor) -> None:
+        """out `[n, rows, D]` += weights.v."""
+        if self.scale is None:
+            out.baddbmm_(weights, self.halves[0])
+            return
+        weights = weights * self.scale
+        if self.zero is not None:
+            out -= (weights * self.zero).sum(-1, keepdim=True)
+        if len(self.halves) == 2:
+            out[..., 0::2] += torch.bmm(weights, self.halves[0])
+            out[..., 1::2] += torch.bmm(weights, self.halves[1])
+        else:
+            out.baddbmm_(weights, self.halves[0])
+
+
+def _pieces(source: Pages, table: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, _Part]]:
+    """Cut the lists `[L, W]` of table rows into pieces that fit the workspace: whole lists, or parts of one."""
+    size, width = source.page_size, table.shape[1]
+    page = size * source.data.shape[4]
+    data = source.data.reshape(-1, page)
+    scale = source.scale if source.scale is None or source.scale.dim() == 0 else source.scale.reshape(-1, size)
+    zero = None if source.zero is None else source.zero.reshape(-1, size)
+    per_piece = max(PIECE // page, 1)
+    lists = max(per_piece // max(width, 1), 1)
+    step = width if lists > 1 else min(per_piece, width)
+    work = data.new_empty(min(lists, table.shape[0]) * step, page)
+    for row in range(0, table.shape[0], lists):
+        for column in range(0, width, step):
+            picked = table[row : row + lists, column : column + step]
+            count, flat = picked.shape[0], picked.reshape(-1)
+            got = torch.index_select(data, 0, flat, out=work[: flat.numel()]).view(count, -1, source.data.shape[4])
+            scales = scale if scale is None or scale.dim() == 0 else scale[flat].view(count, 1, -1)
+            zeros = None if zero is None else zero[flat].view(count, 1, -1)
+            columns = slice(column * size, (column + step) * size)
+            yield slice(row, row + count), columns, _Part(got, scales, zeros, source.bits, dtype)
