@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_attn.analysis.snr import recommend
     from hf_attn.front import (
         apply,
+        calibrate,
         doctor,
         enable_continuous_batching,
         list_mechanisms,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # Where each public name lives; it is imported when first asked for.
 _HOMES = {
     "apply": "hf_attn.front",
+    "calibrate": "hf_attn.front",
     "doctor": "hf_attn.front",
     "enable_continuous_batching": "hf_attn.front",
     "list_mechanisms": "hf_attn.front",
@@ -60,6 +62,7 @@ __all__ = [
     "MechanismConfig",
     "apply",
     "cache_report",
+    "calibrate",
     "classify_heads",
     "doctor",
     "enable_continuous_batching",

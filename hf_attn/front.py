@@ -52,6 +52,18 @@ def doctor(target: Any, **options: Any) -> Any:
     return examine(target, **options)
 
 
+def calibrate(target: Any, name: str, **options: Any) -> Any:
+    """Measure on real text, without training, what mechanism `name` needs to know about `target`.
+
+    "lserve": which KV heads look far back; options and result: `hf_attn.analysis.head_classes.calibrate_heads`. The
+    target is left as it was. Raises ValueError for names without a calibration.
+    """
+    _integration(target, "calibrate")
+    from hf_attn.analysis.calibration import calibrate as run
+
+    return run(target, name, **options)
+
+
 def enable_continuous_batching() -> None:
     """Let transformers' `generate_batch` run models with a mechanism, for the rest of the process."""
     from hf_attn.integrations.transformers import continuous

@@ -7,17 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Topics of the language reference that Python ships; the one the question is about comes first.
-_FIRST = "assert"
+from hf_attn.analysis.texts import python_reference_text
+
 QUESTION = "Question: According to the text above, what is an assert statement used for? Answer in one sentence."
-
-
-def python_reference_text() -> str:
-    """The topics of `pydoc_data`, one after the other: about 500 kB of English prose on Python."""
-    from pydoc_data.topics import topics
-
-    names = [_FIRST, *sorted(name for name in topics if name != _FIRST)]
-    return "\n\n".join(topics[name].strip() for name in names)
 
 
 def prompt_of_length(tokenizer: Any, total: int, answer_tokens: int, question: str = QUESTION) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from hf_attn.cli.build_kernels import build_kernels
+from hf_attn.cli.calibrate import calibrate
 from hf_attn.cli.demo import demo
 from hf_attn.cli.doctor import doctor
 from hf_attn.cli.listing import list_command
@@ -23,6 +24,7 @@ app.command("list")(list_command)
 app.command("doctor")(doctor)
 app.command("tune")(tune)
 app.command("build-kernels")(build_kernels)
+app.add_typer(calibrate, name="calibrate")
 
 
 @app.callback(invoke_without_command=True)

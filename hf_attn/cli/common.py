@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console()
 _errors = Console(stderr=True)
@@ -37,3 +38,29 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = value
     return options
+
+
+@contextmanager
+def progress_line(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left; `update(done, total)`. Where there is no terminal, a line every tenth of the work."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=3600) as progress:
+        work = progress.add_task(what, total=None)
+        printed = 0
+
+        def update(done: int, total: int) -> None:
+            nonlocal printed
+            progress.update(work, completed=done, total=total)
+            if not console.is_terminal and 10 * done // total > printed:
+                printed = 10 * done // total
+                left = progress.tasks[work].time_remaining
+                console.print(f"{what} {printed}0%" + ("" if left is None else f", about {left:.0f} s left"))
+
+        yield update
