@@ -86,6 +86,14 @@ class LServeStore(LayerStore):
             self._heads = {"for": key, "lists": head_lists(self.options.retrieval, count, device)}
         return self._heads["lists"]
 
+    def query_heads(self, count: int, group: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The query heads of `heads`, `group` for each KV head; None for all of them."""
+        lists = self.heads(count, device)
+        if self._heads.get("group") != group:
+            wide = tuple(None if heads is None else query_heads(heads, group) for heads in lists)
+            self._heads |= {"group": group, "wide": wide}
+        return self._heads["wide"]
+
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def check(self, key: Tensor, value: Tensor) -> None:
@@ -298,6 +306,11 @@ def head_lists(
     # Listed on the host: a compiler could not know how many a mask on the device holds.
     lists = [[head for head, kind in enumerate(retrieval) if kind is wanted] for wanted in (True, False)]
     return tuple(torch.tensor(heads, dtype=torch.int64, device=device) for heads in lists)
+
+
+def query_heads(heads: Tensor, group: int) -> Tensor:
+    """The query heads that read the given KV heads."""
+    return (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
 
 
 def pick(x: Tensor, heads: Tensor | None) -> Tensor:
