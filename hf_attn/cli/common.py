@@ -48,7 +48,7 @@ def parse_integers(name: str, text: str, minimum: int) -> list[int]:
     except ValueError:
         sizes = []
     if not sizes:
-        raise ValueError(f"{name} must be integers separated by commas or spaces, got {text!r}; example: 2048,4096")
+        raise ValueError(f"{name} must be comma-separated integers, got {text!r}; example: 2048,4096")
     if sizes[0] < minimum:
         raise ValueError(f"{name} must be at least {minimum} tokens, got {sizes[0]}")
     return sizes
