@@ -209,7 +209,7 @@ class Run:
         self.model, self.mechanism, self.variant, self.cache, self.row = model, mechanism, variant, cache, row
         self.ids, self.at = ids, cache.get_seq_length()
         self.argument = cache_argument(model)
-        self.last_logits: Tensor | None = None
+        self.checked_logits: Tensor | None = None
         self.seen = {"computed": 0.0, "visible": 0.0, "steps": 0, "pages_read": 0.0, "selector_runs": 0.0}
 
     def forward(self, cache: Cache) -> tuple[Tensor, float]:
@@ -219,13 +219,12 @@ class Run:
         logits = self.model(input_ids=token, use_cache=True, **{self.argument: cache}).logits
         return logits[0, -1].float(), time.perf_counter() - start
 
-    def step(self) -> float:
-        """The next token of the text; its seconds."""
+    def step(self) -> tuple[Tensor, float]:
+        """The next token of the text; `forward` of this variant's cache."""
         logits, seconds = self.forward(self.cache)
         self.at += 1
         self.row.losses.append(float(cross_entropy(logits[None], self.ids[0, self.at : self.at + 1])))
-        self.last_logits = logits
-        return seconds
+        return logits, seconds
 
     def round(self, count: int) -> None:
         """`count` steps that count, behind one that does not: the first one after a change of options is slower."""
@@ -235,7 +234,7 @@ class Run:
             hf_attn.reset_stats(self.model)
         seconds = []
         for _ in range(count):
-            seconds.append(self.step())
+            seconds.append(self.step()[1])
             due = self.at % self.row.interval == 0
             (self.row.selecting if due else self.row.reusing).append(seconds[-1])
         self.row.rounds.append(sum(seconds))
@@ -264,9 +263,9 @@ class Run:
                 twin = copy.deepcopy(self.cache)
             with reference_path():
                 expected = self.forward(twin)[0]
-        self.step()
+        self.checked_logits = self.step()[0]
         if expected is not None:
-            self.row.error = float((self.last_logits - expected).abs().max() / expected.abs().max())
+            self.row.error = float((self.checked_logits - expected).abs().max() / expected.abs().max())
 
     def report(self, config: MechanismConfig | None) -> None:
         """Bytes, pages and density of the steps that counted."""
@@ -317,8 +316,7 @@ def reference_path() -> Iterator[None]:
 def steps_needed(repeats: int, interval: int) -> tuple[int, int]:
     """Steps of a round, whole reuse intervals that make `MIN_STEPS` with all rounds, and steps of a variant in all."""
     per_round = -(-MIN_STEPS // (repeats * interval)) * interval
-    # A warm-up of one interval, up to two steps of the check, and one step that does not count in every round.
-    return per_round, (1 + interval) + 2 + repeats * (1 + per_round)
+    return per_round, warm_up_steps(interval) + repeats * (1 + per_round)
 
 
 @torch.inference_mode()
@@ -380,11 +378,17 @@ def measure(
 
 
 def _warm_up(run: Run, interval: int, dense: Run) -> None:
-    """Steps that do not count, then the check; the dense variant comes first and has nothing to be compared with."""
+    """Steps that do not count, the same number for all variants, and the check among the last of them."""
     switch(run.model, run.mechanism, run.variant.options)
-    for _ in range(1 + interval):
+    end = run.at + warm_up_steps(interval)
+    # Check where a selection is used again: a last digit must not decide which pages are compared.
+    while run.at < end - 2 or (interval > 1 and (run.at + 1) % interval == 0):
         run.step()
-    if interval > 1 and (run.at + 1) % interval == 0:
-        # Check where a selection is used again: a last digit must not decide which pages are compared.
+    run.check(None if run is dense else dense.checked_logits)
+    while run.at < end:
         run.step()
-    run.check(None if run is dense else dense.last_logits)
+
+
+def warm_up_steps(interval: int) -> int:
+    """Steps before the rounds: every kind of step once, and the check."""
+    return interval + 3
