@@ -158,8 +158,11 @@ class LServeStore(LayerStore):
         counts = [key.shape[2]] * key.shape[0] if real is None else real.sum(-1).tolist()
         if streaming is None or streaming.numel():
             tokens = [pick(x, streaming) for x in (key, value)]
-            position, _ = self.positions(real, key.shape[0], key.shape[2], key.device)
             equal = self.lengths[0] if real is None and len(set(self.lengths)) == 1 else None
+            if equal is not None and key.shape[2] == 1:
+                position = torch.full((key.shape[0], 1), equal, device=key.device)
+            else:
+                position, _ = self.positions(real, key.shape[0], key.shape[2], key.device)
             self.streaming.append(self.streaming.encode(*tokens, position, self.scales), single=single, number=equal)
         if retrieval is None or retrieval.numel():
             keys = pick(key, retrieval)
@@ -323,7 +326,7 @@ def put(out: Tensor, heads: Tensor | None, part: Tensor) -> None:
     if heads is None:
         out.copy_(part)
     else:
-        out[:, heads] = part
+        out.index_copy_(1, heads, part)
 
 
 def left_aligned(x: Tensor, real: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ MECHANISMS: dict[str, dict[str, Any] | None] = {
 }
 NOISY = 0.20
 # Rounds of the decode table, and tokens that tell which heads stream: few, so that the demo stays short.
-DECODE_ROUNDS, CALIBRATION_TOKENS = 4, 4096
+DECODE_ROUNDS, CALIBRATION_TOKENS = 4, 2048
 
 _RELOAD = """
 import json, sys

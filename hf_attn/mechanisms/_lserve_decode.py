@@ -137,7 +137,8 @@ def _streaming(query, key, value, lengths, store: LServeStore, scale) -> Tensor:
     """Sinks and the decode window `[B, Hq, 1, Dv]`, once the new token is stored; it counts as it was before that."""
     streaming = store.streaming
     held = streaming.held
-    newest = torch.tensor(lengths, device=key.device)[:, None] - 1
+    equal = len(set(lengths)) == 1
+    newest = lengths[0] - 1 if equal else torch.tensor(lengths, device=key.device)[:, None] - 1
     seen = (held.position >= 0) & ((held.position < streaming.sink) | (held.position > newest - streaming.local))
     keys, values = (pages.dense()[:, :, 0] for pages in held[:2])
     if streaming.format.name is not None:
