@@ -50,7 +50,8 @@ def decode_notes(rows: list[decode.Row], options: dict[str, Any]) -> list[str]:
         "settings: " + ", ".join(f"{name}={value}" for name, value in shown.items()),
         f"median of {len(rows[0].rounds)} rounds of {rows[0].steps} steps, variants in turn, ratios within rounds; the "
         f"steps end at the context's length. perplexity: over dense, of the {steps} tokens of the steps (given text). "
-        "KV read: pages read by every query head, streaming heads, and statistics where the selector runs.",
+        "KV read: the pages on every list (pages that heads share are copied once on a CPU), streaming heads, and "
+        "statistics where the selector runs.",
     ]
     for row in rows:
         if not row.passed:
