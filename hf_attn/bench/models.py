@@ -51,3 +51,19 @@ def load_language_model(name: str | None = None, dtype: torch.dtype = torch.floa
     options = {"gguf_file": file, "quantization_config": GgufConfig(gguf_file=file, dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
+def random_layers(config: Any, layers: int, longest: int) -> Any:
+    """A causal language model of `config`'s shape with random weights, `layers` layers and room for `longest` tokens.
+
+    Changes `config`. In eval mode, fp32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config.num_hidden_layers = layers
+    config.max_position_embeddings = max(config.max_position_embeddings, longest)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.hf_attn = None
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()

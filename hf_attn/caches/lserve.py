@@ -86,6 +86,14 @@ class LServeStore(LayerStore):
             self._heads = {"for": key, "lists": head_lists(self.options.retrieval, count, device)}
         return self._heads["lists"]
 
+    def query_heads(self, count: int, group: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The query heads of `heads`, `group` for each KV head; None for all of them."""
+        lists = self.heads(count, device)
+        if self._heads.get("group") != group:
+            wide = tuple(None if heads is None else query_heads(heads, group) for heads in lists)
+            self._heads |= {"group": group, "wide": wide}
+        return self._heads["wide"]
+
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def check(self, key: Tensor, value: Tensor) -> None:
@@ -150,8 +158,11 @@ class LServeStore(LayerStore):
         counts = [key.shape[2]] * key.shape[0] if real is None else real.sum(-1).tolist()
         if streaming is None or streaming.numel():
             tokens = [pick(x, streaming) for x in (key, value)]
-            position, _ = self.positions(real, key.shape[0], key.shape[2], key.device)
             equal = self.lengths[0] if real is None and len(set(self.lengths)) == 1 else None
+            if equal is not None and key.shape[2] == 1:
+                position = torch.full((key.shape[0], 1), equal, device=key.device)
+            else:
+                position, _ = self.positions(real, key.shape[0], key.shape[2], key.device)
             self.streaming.append(self.streaming.encode(*tokens, position, self.scales), single=single, number=equal)
         if retrieval is None or retrieval.numel():
             keys = pick(key, retrieval)
@@ -300,6 +311,11 @@ def head_lists(
     return tuple(torch.tensor(heads, dtype=torch.int64, device=device) for heads in lists)
 
 
+def query_heads(heads: Tensor, group: int) -> Tensor:
+    """The query heads that read the given KV heads."""
+    return (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
+
+
 def pick(x: Tensor, heads: Tensor | None) -> Tensor:
     """Heads of `[B, H, ...]`; all of them for None."""
     return x if heads is None else x.index_select(1, heads)
@@ -310,7 +326,7 @@ def put(out: Tensor, heads: Tensor | None, part: Tensor) -> None:
     if heads is None:
         out.copy_(part)
     else:
-        out[:, heads] = part
+        out.index_copy_(1, heads, part)
 
 
 def left_aligned(x: Tensor, real: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from hf_attn.cli.bench import bench
 from hf_attn.cli.build_kernels import build_kernels
 from hf_attn.cli.calibrate import calibrate
 from hf_attn.cli.demo import demo
@@ -26,6 +27,7 @@ app.command("doctor")(doctor)
 app.command("tune")(tune)
 app.command("build-kernels")(build_kernels)
 app.command("recipe", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(recipe)
+app.add_typer(bench, name="bench")
 app.add_typer(calibrate, name="calibrate")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperCommand
 
 console = Console()
 _errors = Console(stderr=True)
@@ -38,6 +39,32 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name] = value
     return options
+
+
+def parse_integers(name: str, text: str, minimum: int) -> list[int]:
+    """Integers separated by commas or spaces, ascending and without repeats."""
+    try:
+        sizes = sorted({int(part) for part in text.replace(",", " ").split()})
+    except ValueError:
+        sizes = []
+    if not sizes:
+        raise ValueError(f"{name} must be comma-separated integers, got {text!r}; example: 2048,4096")
+    if sizes[0] < minimum:
+        raise ValueError(f"{name} must be at least {minimum} tokens, got {sizes[0]}")
+    return sizes
+
+
+class NumberLists(TyperCommand):
+    """A command whose `--lengths` takes several numbers: `--lengths 2048 4096` is `--lengths "2048 4096"`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        joined: list[str] = []
+        for arg in args:
+            if len(joined) > 1 and joined[-2] == "--lengths" and arg.isdecimal():
+                joined[-1] += f" {arg}"
+            else:
+                joined.append(arg)
+        return super().parse_args(ctx, joined)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`hf-attn demo`: a real language model answers from a long text, dense and with two of our mechanisms."""
+"""`hf-attn demo`: a real language model answers from a long text, dense and with our mechanisms, then decodes on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from rich.table import Table
 from transformers.utils import logging as hf_logging
 
 import hf_attn
+from hf_attn.analysis.texts import python_reference_text, token_windows
+from hf_attn.bench import decode as decoding
 from hf_attn.bench.long_text import QUESTION, prompt_of_length
 from hf_attn.bench.models import load_language_model
 from hf_attn.bench.prefill import greedy_answer, prefill, run_body
 from hf_attn.bench.timing import machine_load
-from hf_attn.cli.common import console, one_clear_line
+from hf_attn.cli.common import console, one_clear_line, parse_integers, progress_line
+from hf_attn.cli.decode_tables import LSERVE, decode_notes, decode_table, head_options
 
 # min_seq_len=0: the table shows what the mechanism does, also at lengths where it would rather stay dense.
 MECHANISMS: dict[str, dict[str, Any] | None] = {
@@ -32,6 +35,8 @@ MECHANISMS: dict[str, dict[str, Any] | None] = {
     "hf_attn_moba": {"block_size": 128, "top_k": 8, "decode": "full", "min_seq_len": 0},
 }
 NOISY = 0.20
+# Rounds of the decode table, and tokens that tell which heads stream: few, so that the demo stays short.
+DECODE_ROUNDS, CALIBRATION_TOKENS = 4, 2048
 
 _RELOAD = """
 import json, sys
@@ -76,12 +81,13 @@ def demo(
     threads: int = typer.Option(0, min=0, help="CPU threads; 0 leaves torch's choice."),
     output: Path = typer.Option(Path("demo_output"), help="Folder for the picture, the saved model and the figures."),
 ) -> None:
-    """Let a real language model answer from a long text: dense, streaming and MoBA in one table.
+    """Let a real language model answer from a long text: dense, streaming and MoBA in one table, LServe's decoding in
+    another.
 
     Example: `hf-attn demo --lengths 2048,4096`
     """
     with one_clear_line():
-        sizes = parse_lengths(lengths)
+        sizes = parse_integers("--lengths", lengths, 256)
         if threads:
             torch.set_num_threads(threads)
         output.mkdir(parents=True, exist_ok=True)
@@ -89,19 +95,10 @@ def demo(
         rows = measure(model, tokenizer, sizes, answer_tokens, repeats)
         console.print(results_table(rows))
         print_notes(rows)
+        steps = decode(model, tokenizer, sizes)
         picture_and_reload(model, tokenizer, sizes, answer_tokens, output)
-        (output / "table.json").write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")
-
-
-def parse_lengths(text: str) -> list[int]:
-    """Comma-separated token counts, ascending."""
-    try:
-        sizes = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise ValueError(f"--lengths must be comma-separated integers, got {text!r}; example: 2048,4096") from None
-    if sizes[0] < 256:
-        raise ValueError(f"--lengths must be at least 256 tokens, got {sizes[0]}")
-    return sizes
+        for name, table in (("table", rows), ("decode", steps)):
+            (output / f"{name}.json").write_text(json.dumps([vars(row) for row in table], indent=1) + "\n")
 
 
 def load(name: str | None, longest: int) -> tuple[Any, Any]:
@@ -220,6 +217,22 @@ def print_notes(rows: list[Row]) -> None:
         "[bold]This model was not trained with MoBA[/bold], so it loses quality with it (see perplexity). Train or "
         "tune with it, keep the last layers dense with layers={'-3:': None}, or raise top_k; docs/moba.md says how."
     )
+
+
+def decode(model: Any, tokenizer: Any, sizes: list[int]) -> list[decoding.Row]:
+    """The decode table: LServe's cache in three formats beside the dense one, behind one prefill of each kind."""
+    hf_attn.remove(model)
+    options = {**LSERVE, **head_options(model, tokenizer, None, 0.5, CALIBRATION_TOKENS)}
+    table = [variant for variant in decoding.variants("lserve", options) if variant.name != decoding.OWN]
+    ids = token_windows(tokenizer, [python_reference_text()], length=max(sizes) + 1, count=1)
+    prompts = decoding.Prompts(model, "lserve", table[1].options, ids)
+    with progress_line("decode") as progress:
+        rows = decoding.measure(model, "lserve", table, ids, prompts, sizes, repeats=DECODE_ROUNDS, progress=progress)
+    console.print(decode_table(rows, own=False))
+    for note in decode_notes(rows, table[1].options):
+        console.print(note, highlight=False)
+    console.print("more lengths, models and baselines: hf-attn bench decode --help")
+    return rows
 
 
 def picture_and_reload(model: Any, tokenizer: Any, sizes: list[int], answer_tokens: int, output: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_attn.caches.lserve import LServeStore, Selection, pick, put
+from hf_attn.caches.lserve import LServeStore, Selection, pick, put, query_heads
 from hf_attn.call import AttentionCall
 from hf_attn.ops import page_scores, page_statistics, paged_attention, select_pages
 
@@ -90,22 +90,21 @@ def from_store(
     query, key, value = call.query, call.key, call.value
     group = query.shape[1] // key.shape[1]
     retrieval, streaming = store.heads(key.shape[1], key.device)
+    retrieving, windowed = store.query_heads(key.shape[1], group, key.device)
     counts = store.write(key, value, real)
     lengths = [n + c for n, c in zip(store.lengths, counts, strict=True)]
     out = query.new_zeros(*query.shape[:3], value.shape[3])
     done: dict[str, Any] = {"lengths": lengths, "selector_runs": 0}
     selection = None
     if retrieval is None or retrieval.numel():
-        wide = None if retrieval is None else query_heads(retrieval, group)
-        tensors = [pick(query[:, :, 0], wide), *(pick(x, retrieval) for x in (key, value))]
+        tensors = [pick(query[:, :, 0], retrieving), *(pick(x, retrieval) for x in (key, value))]
         part, selection = _pages(*tensors, lengths, config, store, call.scale, done)
-        put(out, wide, part[:, :, None])
-    if streaming is None or streaming.numel():
-        wide = None if streaming is None else query_heads(streaming, group)
-        tokens = [pick(x, streaming) for x in (key, value)]
-        put(out, wide, _streaming(pick(query, wide), *tokens, lengths, real, store, call.scale))
+        put(out, retrieving, part[:, :, None])
     store.pages_read = store.pages_read + done.get("pages_read", 0)
     store.commit(key, value, real, single=True, selection=selection)
+    if streaming is None or streaming.numel():
+        tokens = [pick(x, streaming) for x in (key, value)]
+        put(out, windowed, _streaming(pick(query, windowed), *tokens, lengths, store, call.scale))
     if real is not None:
         out = out.masked_fill(~real[:, None, :, None], 0.0)
     return out, done
@@ -134,27 +133,19 @@ def _pages(query, key, value, lengths, config, store: LServeStore, scale, done) 
     return paged_attention(query, paged.key, paged.value, lists, length=length, scale=scale, current=current), selection
 
 
-def _streaming(query, key, value, lengths, real, store: LServeStore, scale) -> Tensor:
-    """Sinks and the decode window `[B, Hq, 1, Dv]`: what is held, and the new token as it is."""
+def _streaming(query, key, value, lengths, store: LServeStore, scale) -> Tensor:
+    """Sinks and the decode window `[B, Hq, 1, Dv]`, once the new token is stored; it counts as it was before that."""
     streaming = store.streaming
-    position, _ = store.positions(real, key.shape[0], 1, key.device)
-    keys, values, numbers = key, value, position
-    if streaming.held is not None:
-        held = streaming.held
-        keys, values = (
-            torch.cat([pages.dense()[:, :, 0].to(new.dtype), new], 2)
-            for pages, new in zip(held[:2], (key, value), strict=True)
-        )
-        numbers = torch.cat([held.position, position], 1)
-    newest = torch.tensor(lengths, device=key.device)[:, None] - 1
-    seen = (numbers >= 0) & ((numbers < streaming.sink) | (numbers > newest - streaming.local))
+    held = streaming.held
+    equal = len(set(lengths)) == 1
+    newest = lengths[0] - 1 if equal else torch.tensor(lengths, device=key.device)[:, None] - 1
+    seen = (held.position >= 0) & ((held.position < streaming.sink) | (held.position > newest - streaming.local))
+    keys, values = (pages.dense()[:, :, 0] for pages in held[:2])
+    if streaming.format.name is not None:
+        own = (held.position == newest)[:, None, :, None]
+        keys, values = torch.where(own, key, keys.to(key.dtype)), torch.where(own, value, values.to(value.dtype))
     gqa = query.shape[1] != keys.shape[1]
     return scaled_dot_product_attention(query, keys, values, attn_mask=seen[:, None, None], scale=scale, enable_gqa=gqa)
-
-
-def query_heads(heads: Tensor, group: int) -> Tensor:
-    """The query heads that read the given KV heads."""
-    return (heads[:, None] * group + torch.arange(group, device=heads.device)).flatten()
 
 
 # -- from plain keys ---------------------------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_attn.caches.lserve import LServeStore, head_lists, pick, put
+from hf_attn.caches.lserve import LServeStore, head_lists, pick, put, query_heads
 from hf_attn.call import AttentionCall, TokenLayout
 from hf_attn.mechanism import Capabilities, Mechanism
 from hf_attn.mechanisms._lserve_config import LServeConfig, default_min_seq_len
 from hf_attn.mechanisms._lserve_counts import count_pairs, record_behind, record_decode, record_prompt, retrieving
-from hf_attn.mechanisms._lserve_decode import from_keys, from_store, query_heads
+from hf_attn.mechanisms._lserve_decode import from_keys, from_store
 from hf_attn.mechanisms._lserve_heads import DuoHeads, classify_heads, load_duo_heads
 from hf_attn.ops import dense_attention, sink_window_attention
 

@@ -71,6 +71,42 @@ def test_any_piece_size_gives_the_same(piece, monkeypatch):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("current", [False, True])
+@pytest.mark.parametrize("name", [None, "int4"])
+def test_lists_copied_as_one_give_the_same(name, current, monkeypatch):
+    """The lists of the query heads of a KV head, merged or one by one, against the reference."""
+    from hf_attn.ops.hfattn_paged import torch_path
+
+    query, key, value, lists, length = case(seed=3)
+    newest = (torch.randn(3, 2, 16), torch.randn(3, 2, 16)) if current else None
+    arguments = (query, storage(key, name), storage(value, name), lists)
+    monkeypatch.setenv("HF_ATTN_BACKEND", "reference")
+    expected = ops.paged_attention(*arguments, length=length, current=newest)
+    monkeypatch.setenv("HF_ATTN_BACKEND", "torch")
+    merged, member = torch_path._merged(lists, 2, 9)
+    assert merged.shape[2] < 3 * lists.shape[2] and member.sum() == (lists >= 0).sum()
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(torch_path, "SHARED", share)
+        got = ops.paged_attention(*arguments, length=length, current=newest)
+        torch.testing.assert_close(got, expected, rtol=0, atol=5e-6)
+
+
+def test_a_page_of_another_head_cannot_reach_a_result(monkeypatch):
+    """Heads share a copy, but not what is wrong with a page that only one of them reads."""
+    from hf_attn.ops.hfattn_paged import torch_path
+
+    monkeypatch.setattr(torch_path, "SHARED", 1.0)
+    query, key, value, _, length = case(batch=1, heads=1)
+    lists = torch.tensor([[[0, 1, 8], [1, 2, 8], [1, 2, 8]]])
+    expected = ops.paged_attention(query, Pages(key), Pages(value), lists, length=length)
+    for poison in (float("nan"), float("inf")):
+        broken = value.clone()
+        broken[0, 0, 0] = poison
+        got = ops.paged_attention(query, Pages(key), Pages(broken), lists, length=length)
+        assert not got[0, 0].isfinite().all()
+        torch.testing.assert_close(got[0, 1:], expected[0, 1:], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, monkeypatch):
     query, key, value, lists, length = case(dtype=dtype)

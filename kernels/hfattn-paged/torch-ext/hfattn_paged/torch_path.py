@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .pages import Pages
 
+# Lists of the query heads of a KV head are copied as one where that is at most this share of copying all of them.
+SHARED = 0.75
 # Numbers of one gathered piece: small enough for a core's own cache, large enough that calls cost little beside it.
 PIECE = 1 << 17
 
@@ -33,6 +35,44 @@ def paged_attention(
 
     Returns `[B, Hq, Dv]` in the query's dtype; 0 for rows without a token.
     """
+    heads, device = key.data.shape[1], pages.device
+    if pages.shape[1] > heads and device.type == "cpu" and not torch.compiler.is_compiling():
+        merged, member = _merged(pages, heads, key.data.shape[2])
+        if merged.shape[2] <= SHARED * pages.shape[2] * (pages.shape[1] // heads):
+            out = _attend(query, key, value, merged, member, length, scale, current)
+            # A page that one head reads and another does not must not reach the other, whatever it holds.
+            if bool(out.isfinite().all()):
+                return out
+    return _attend(query, key, value, pages, None, length, scale, current)
+
+
+def _merged(pages: Tensor, heads: int, count: int) -> tuple[Tensor, Tensor]:
+    """One list a KV head with the pages of all its query heads, in order: `[B, H, U]`, -1 padded, and which of them a
+    query head reads, bool `[B, Hq, U]`."""
+    batch, q_heads, _ = pages.shape
+    table = torch.zeros(batch, q_heads, count + 1, dtype=torch.bool, device=pages.device)
+    table.scatter_(2, torch.where(pages >= 0, pages, count), True)
+    table = table[..., :count].unflatten(1, (heads, -1))
+    needed = table.any(2)
+    total = needed.sum(-1, keepdim=True)
+    width = int(total.max())
+    order = (~needed).to(torch.int8).sort(dim=-1, stable=True).indices[..., :width]
+    real = torch.arange(width, device=pages.device) < total
+    member = table.gather(3, order[:, :, None].expand(-1, -1, table.shape[2], -1)) & real[:, :, None]
+    return torch.where(real, order, -1), member.flatten(1, 2)
+
+
+def _attend(
+    query: Tensor,
+    key: Pages,
+    value: Pages,
+    pages: Tensor,
+    member: Tensor | None,
+    length: Tensor,
+    scale: float,
+    current: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """`paged_attention` over lists that may hold more than a query head reads: `member`, bool `[B, Hq, W]`."""
     batch, q_heads, _ = query.shape
     lists, size, width = pages.shape[1], key.page_size, pages.shape[2]
     rows = q_heads // lists
@@ -45,6 +85,10 @@ def paged_attention(
     first = (torch.arange(batch, device=pages.device)[:, None] * key.data.shape[1] + head) * key.data.shape[2]
     table = (filled + first[..., None]).flatten(0, 1)  # [B * lists, W] rows of the page tables
 
+    seen = seen.flatten(0, 1)[:, None]  # [B * lists, 1 or rows, W * P]
+    if member is not None:
+        seen = seen & member.reshape(batch * lists, rows, width, 1).expand(-1, -1, -1, size).flatten(2)
+
     vectors = (query.to(dtype) * scale).reshape(batch * lists, rows, -1)
     scores = torch.empty(batch * lists, rows, width * size, dtype=dtype, device=query.device)
     for at, columns, part in _pieces(key, table, dtype):
@@ -52,10 +96,10 @@ def paged_attention(
     newest = None
     if current is not None:
         newest = (token == length[:, None, None, None] - 1) & (pages >= 0)[..., None]
-        newest = newest.flatten(2).flatten(0, 1)[:, None]
+        newest = newest.flatten(2).flatten(0, 1)[:, None] & seen
         own = (vectors.view(batch, lists, rows, -1) * _of_lists(current[0], lists, dtype)).sum(-1)
         scores = torch.where(newest, own.reshape(batch * lists, rows, 1), scores)
-    scores.masked_fill_(~seen.flatten(0, 1)[:, None], float("-inf"))
+    scores.masked_fill_(~seen, float("-inf"))
     weights = torch.softmax(scores, -1)
     out = torch.zeros(batch * lists, rows, value.head_dim, dtype=dtype, device=query.device)
     if newest is not None:
@@ -64,8 +108,8 @@ def paged_attention(
         weights = weights.masked_fill(newest, 0.0)
     for at, columns, part in _pieces(value, table, dtype):
         part.add_weighted(weights[at, :, columns], out[at])
-    blind = ~seen.flatten(0, 1).any(-1)
-    return out.masked_fill_(blind[:, None, None], 0.0).view(batch, q_heads, -1).to(query.dtype)
+    blind = ~seen.any(-1, keepdim=True)
+    return out.masked_fill_(blind, 0.0).view(batch, q_heads, -1).to(query.dtype)
 
 
 def _of_lists(x: Tensor, lists: int, dtype: torch.dtype) -> Tensor:
