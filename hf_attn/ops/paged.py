@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hf_attn.checks import require_int
 from hf_attn.ops.backend import choose_path
-from hf_attn.ops.hfattn_paged.counters import count
-from hf_attn.ops.hfattn_paged.pages import Pages
+from hf_attn.ops.hfattn_sparse.counters import count
+from hf_attn.ops.hfattn_sparse.paged.pages import Pages
 
 
 def page_statistics(key: Tensor, *, page_size: int, logical_page_size: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def page_statistics(key: Tensor, *, page_size: int, logical_page_size: int) -> t
     require_int("page_size", page_size, 1)
     if page_size % logical_page_size:
         raise ValueError(f"page_size must be a multiple of logical_page_size, got {page_size} and {logical_page_size}")
-    from hf_attn.ops.hfattn_paged.statistics import page_statistics as run
+    from hf_attn.ops.hfattn_sparse.paged.statistics import page_statistics as run
 
     return run(key, page_size, logical_page_size)
 
@@ -57,7 +57,7 @@ def page_scores(query: Tensor, stats: Tensor, *, logical: bool = False) -> Tenso
             f"query and stats must agree in batch, and {query.shape[1]} query heads be a multiple of "
             f"{stats.shape[1]} heads; got {tuple(query.shape)} and {tuple(stats.shape)}"
         )
-    from hf_attn.ops.hfattn_paged import selection
+    from hf_attn.ops.hfattn_sparse.paged import selection
 
     return (selection.logical_scores if logical else selection.page_scores)(query, stats)
 
@@ -79,7 +79,7 @@ def select_pages(scores: Tensor, last: Tensor, *, count: int) -> Tensor:
             f"scores must be [batch, heads, pages] and last an integer tensor [batch], got {tuple(scores.shape)} and "
             f"{tuple(last.shape)} {last.dtype}"
         )
-    from hf_attn.ops.hfattn_paged import selection
+    from hf_attn.ops.hfattn_sparse.paged import selection
 
     return selection.select_pages(scores, last, count)
 
@@ -123,8 +123,8 @@ def paged_attention(
     scale = 1 / math.sqrt(query.shape[2]) if scale is None else float(scale)
     count("paged_attention", path)
     if path == "reference":
-        from hf_attn.ops.hfattn_paged.reference import paged_attention as run
+        from hf_attn.ops.hfattn_sparse.paged.reference import paged_attention as run
     else:
-        from hf_attn.ops.hfattn_paged.torch_path import paged_attention as run
+        from hf_attn.ops.hfattn_sparse.paged.torch_path import paged_attention as run
     with torch.no_grad():
         return run(query, key, value, pages, length, scale, current)

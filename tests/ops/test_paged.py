@@ -9,7 +9,7 @@ import torch
 
 from hf_attn import ops
 from hf_attn.caches.quantization import KVFormat, absmax_scale
-from hf_attn.ops.hfattn_paged import Pages
+from hf_attn.ops.hfattn_sparse.paged import Pages
 from tests.budget import assert_as_good_as_eager
 
 
@@ -62,7 +62,7 @@ def test_torch_path_matches_reference(value_dim, name, per_head, current, monkey
 
 @pytest.mark.parametrize("piece", [1, 200, 10_000])
 def test_any_piece_size_gives_the_same(piece, monkeypatch):
-    from hf_attn.ops.hfattn_paged import torch_path
+    from hf_attn.ops.hfattn_sparse.paged import torch_path
 
     query, key, value, lists, length = case()
     expected = ops.paged_attention(query, Pages(key), Pages(value), lists, length=length)
