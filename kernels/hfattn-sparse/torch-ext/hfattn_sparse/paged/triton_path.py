@@ -73,6 +73,9 @@ def paged_attention(
     widths = [_width(p.head_dim // (2 if p.bits == 4 else 1)) for p in (key, value)]
     options = {"dtype": query.dtype, "head_dim": max(_width(dim), _width(value_dim)), "device": query.device}
     tile = config("paged_attention", **options)
+    if 4 in (key.bits, value.bits) and max(widths) <= 32:
+        # Short packed rows take more registers than they fill.
+        tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
     share, splits = _splits(width * size, tile["BLOCK_N"], batch * lists)
     out = query.new_empty(batch, q_heads, value_dim, dtype=dtype)
     parts, lse = out, None
