@@ -58,8 +58,8 @@ class MassProbe:
             raise ValueError(
                 "captured mass is measured on rows without padding or packing; pass one sequence at a time"
             )
-        if call.q_len <= self.first_row + 1:
-            return
+        if call.q_len <= self.first_row + 1 or call.key.shape[2] != call.tokens.k_len:
+            return  # too short, or a chunk behind a mechanism's own cache, which hands over its new keys alone
         start = time.perf_counter()
         rows = self._sample(call.q_len).to(call.query.device)
         read = mechanism.attended(call, config, rows)

@@ -30,7 +30,7 @@ def test_list():
     output = run(app, ["list"], env={"COLUMNS": "200"}).output
     assert "hf_attn_moba" in output and "hf_attn_streaming" in output
     rows = json.loads(run(app, ["list", "--json"]).output)
-    assert [row["name"] for row in rows] == ["moba", "streaming"]
+    assert [row["name"] for row in rows] == ["lserve", "moba", "streaming"]
 
 
 def test_doctor(tiny_model, tmp_path):

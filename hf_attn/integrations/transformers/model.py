@@ -101,8 +101,8 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     Returns
         mechanism, options: what is set now (mechanism None when none is).
         layers: {layer number (module name where numbers repeat): calls, sparse_calls, dense_calls, dense_reasons,
-            paths, computed_pairs, visible_pairs, density, last_q_len, last_k_len}; only layers that were called
-            through hf_attn.
+            paths, computed_pairs, visible_pairs, density, counts, last_q_len, last_k_len}; only layers that were
+            called through hf_attn. `counts` holds the mechanism's own numbers (lserve: pages read, ...).
         totals: the same summed over layers.
 
     `density` counts the calls whose mechanism reported pairs, not the dense ones. Calls inside graphs of torch.compile

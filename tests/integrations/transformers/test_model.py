@@ -52,6 +52,7 @@ def test_apply_and_remove_restore_everything():
             "dense_calls": 0,
             "dense_reasons": {},
             "density": None,
+            "counts": {},
         },
     }
 
