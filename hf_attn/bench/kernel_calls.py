@@ -207,9 +207,17 @@ def _paged(format: str | None, per_head: bool) -> Callable[[Shape], tuple[Any, .
         pages = pages if per_head else pages[:, : shape.kv_heads]
         length = torch.full((1,), shape.k_len - 5, device=shape.device)
         newest = (None, None) if format is None else (key[:, :, -1], value[:, :, -1])
-        return query[:, :, 0], *stored, pages, length, shape.scale, *newest
+        return query[:, :, 0], *stored, pages, length, shape.scale, *newest, None, 0, None
 
     return arguments
+
+
+def _ring(shape: Shape) -> tuple[Any, ...]:
+    """Two pages of sinks and a ring of five, all of them read as far as the window reaches."""
+    given = _paged("int4", False)(replace(shape, k_len=7 * 64))
+    pages = torch.arange(7, device=shape.device).expand(1, shape.kv_heads, 7)
+    slots = torch.arange(7 * 64, device=shape.device).view(1, 7, 64)
+    return *given[:9], pages, *given[10:14], slots, 128, 256
 
 
 def _sink_window(shape: Shape) -> tuple[Any, ...]:
@@ -266,6 +274,7 @@ CALLS = (
     KernelCall("paged attention: int8, one scale", *_PAGED, _paged("int8-per-tensor", True)),
     KernelCall("paged attention: int4", *_PAGED, _paged("int4", True)),
     KernelCall("paged attention: int4, lists of KV heads", *_PAGED, _paged("int4", False)),
+    KernelCall("paged attention: int4, ring", *_PAGED, _ring),
     KernelCall("sink-window attention", *_WINDOW, _sink_window),
 )
 

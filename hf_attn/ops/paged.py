@@ -92,6 +92,8 @@ def paged_attention(
     length: Tensor,
     scale: float | None = None,
     current: tuple[Tensor, Tensor] | None = None,
+    slots: Tensor | None = None,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """softmax(scale * q.k) v of one query a row over the tokens of the listed pages; only those pages are read.
 
@@ -103,6 +105,9 @@ def paged_attention(
         scale: factor on the scores, default `D ** -0.5`.
         current: the newest token (number `length - 1`) unquantised, `[B, H, D]` and `[B, H, Dv]`; it replaces what the
             storage holds there, and counts where its page is listed.
+        slots: int64 `[B, n, P]`: number of the token in every place, -1 for none (a ring buffer); None: in order. With
+            `current` the storage need not hold the newest token, which takes part in any case.
+        window: (sinks, recent), >= 0: of the tokens only the first `sinks` and the last `recent` are read.
 
     Returns `[B, Hq, Dv]` in the query's dtype, 0 for rows without a token. Not differentiable in the storage. Raises
     ValueError for shapes that do not fit.
@@ -118,11 +123,17 @@ def paged_attention(
         raise ValueError(f"pages must be [{batch}, {heads} or {query.shape[1]}, W], got {tuple(pages.shape)}")
     if length.shape != (batch,) or length.is_floating_point():
         raise ValueError(f"length must be an integer tensor [{batch}], got {tuple(length.shape)} {length.dtype}")
+    if slots is not None and (slots.shape != (batch, *key.data.shape[2:4]) or slots.is_floating_point()):
+        expected = [batch, *key.data.shape[2:4]]
+        raise ValueError(f"slots must be an integer tensor {expected}, got {tuple(slots.shape)} {slots.dtype}")
+    if window is not None:
+        require_int("window[0]", window[0], 0)
+        require_int("window[1]", window[1], 0)
     run = _form("paged_attention", query, query.shape[2], value.head_dim)
     scale = 1 / math.sqrt(query.shape[2]) if scale is None else float(scale)
     newest = (None, None) if current is None else current
     with torch.no_grad():
-        return run(query, *key, *value, pages, length, scale, *newest)
+        return run(query, *key, *value, pages, length, scale, *newest, slots, *(window or (0, None)))
 
 
 def _form(name: str, query: Tensor, *head_dims: int) -> Callable[..., Any]:

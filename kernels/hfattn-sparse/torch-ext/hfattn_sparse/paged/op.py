@@ -33,11 +33,15 @@ def paged_attention_reference(
     scale: float,
     current_key: Tensor | None,
     current_value: Tensor | None,
+    slots: Tensor | None,
+    sinks: int,
+    recent: int | None,
 ) -> Tensor:
     """`reference.paged_attention` with the fields of `Pages` one by one."""
     stored = Pages(key, key_scale, key_zero, key_bits), Pages(value, value_scale, value_zero, value_bits)
     current = None if current_key is None else (current_key, current_value)
-    return reference.paged_attention(query, *stored, pages, length, scale, current)
+    window = None if recent is None else (sinks, recent)
+    return reference.paged_attention(query, *stored, pages, length, scale, current, slots, window)
 
 
 def paged_attention(
@@ -55,8 +59,12 @@ def paged_attention(
     scale: float,
     current_key: Tensor | None,
     current_value: Tensor | None,
+    slots: Tensor | None,
+    sinks: int,
+    recent: int | None,
 ) -> Tensor:
     """`torch_path.paged_attention` with the fields of `Pages` one by one."""
     stored = Pages(key, key_scale, key_zero, key_bits), Pages(value, value_scale, value_zero, value_bits)
     current = None if current_key is None else (current_key, current_value)
-    return torch_path.paged_attention(query, *stored, pages, length, scale, current)
+    window = None if recent is None else (sinks, recent)
+    return torch_path.paged_attention(query, *stored, pages, length, scale, current, slots, window)

@@ -185,21 +185,23 @@ def _store_half(
     tl.store(target, result.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["stored_pages", "width", "share"])
+@triton.jit(do_not_specialize=["stored_pages", "width", "share", "sinks", "recent"])
 def attention_kernel(
-    query, key, key_scale, key_zero, value, value_scale, value_zero, pages, length, current_key, current_value,
-    out, lse,
+    query, key, key_scale, key_zero, value, value_scale, value_zero, pages, length, slots, current_key,
+    current_value, out, lse,
     q_sb, q_sh, q_sd, k_sb, k_sh, k_sp, k_sn, k_sd, v_sb, v_sh, v_sp, v_sn, v_sd, heads, stored_pages, width,
-    share, lists_per_head, scale,
+    share, sinks, recent, lists_per_head, scale,
     PAGE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Attention of the FOLD query heads of one list to a share of its pages, with an online softmax.
 
     Grid (splits, lists, B). out [splits, B, lists * FOLD, DV] and lse [splits, B, lists * FOLD] (None: not wanted) are
     contiguous, as are pages [B, lists, width], scales and zeros [B, heads, stored_pages, PAGE] and the current token
     [B, heads, D or DV]. BITS 0: floating data. `share`: tokens of a list a split takes. scale includes log2(e).
+    slots [B, stored_pages, PAGE]: the token in each place, None: in order. WINDOWED: of the tokens only the first
+    `sinks` and the last `recent` are read.
     """
     split, line, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lists = tl.num_programs(1)
@@ -240,11 +242,18 @@ def attention_kernel(
         nth = flat // PAGE
         inside = flat - nth * PAGE
         page = tl.load(pages + nth, mask=nth < width, other=-1).to(tl.int64)
+        real = (page >= 0) & (page < stored_pages)
         token = page * PAGE + inside
-        real = (page >= 0) & (page < stored_pages) & (token < tokens)
+        if slots is not None:
+            token = tl.load(slots + batch.to(tl.int64) * stored_pages * PAGE + token, mask=real, other=-1)
+        real = real & (token >= 0) & (token < tokens)
+        if WINDOWED:
+            real = real & ((token < sinks) | (token >= tokens - recent))
         stored = real
         if current_key is not None:
             stored = real & (token != tokens - 1)
+            if slots is not None:
+                real = stored
         entry = (store * stored_pages + page) * PAGE + inside
         scores = _key_scores(
             q, q_odd, q_sum, key, key_scale, key_zero, page * k_sp + inside * k_sn, entry, k_sd, stored,
@@ -267,6 +276,16 @@ def attention_kernel(
             acc * decay[:, None], acc_odd * decay[:, None], weights, q, value, value_scale, value_zero,
             page * v_sp + inside * v_sn, entry, v_sd, stored, DV, WIDTH_V, VALUE_BITS, PRECISION, UPCAST,
         )  # fmt: skip
+    if current_key is not None and slots is not None:
+        # No place holds the newest token: the first split brings it in.
+        fresh = tl.where((split == 0) & (tokens > 0), own_score * scale, NEG_INF)
+        new_top = tl.maximum(top, fresh)
+        base = tl.where(new_top == NEG_INF, 0.0, new_top)
+        decay, own = tl.exp2(top - base), tl.exp2(fresh - base)
+        top = new_top
+        total = total * decay + own
+        acc = acc * decay[:, None]
+        acc_odd = acc_odd * decay[:, None]
     safe = tl.where(total == 0.0, 1.0, total)
     if lse is not None:
         row += tl.cast(split, tl.int64) * tl.num_programs(2) * lists * FOLD

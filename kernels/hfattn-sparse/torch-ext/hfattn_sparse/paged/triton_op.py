@@ -61,6 +61,9 @@ def paged_attention(
     scale: float,
     current_key: Tensor | None,
     current_value: Tensor | None,
+    slots: Tensor | None,
+    sinks: int,
+    recent: int | None,
 ) -> Tensor:
     """As `op.paged_attention`; page numbers that do not exist are ignored."""
     from . import triton_path
@@ -68,12 +71,13 @@ def paged_attention(
     count("paged_attention", "triton")
     stored = Pages(key, key_scale, key_zero, key_bits), Pages(value, value_scale, value_zero, value_bits)
     current = None if current_key is None else (current_key, current_value)
-    return triton_path.paged_attention(query, *stored, pages, length, scale, current)
+    window = None if recent is None else (sinks, recent)
+    return triton_path.paged_attention(query, *stored, pages, length, scale, current, slots, window)
 
 
 @paged_attention.register_fake
 def _(
     query, key, key_scale, key_zero, key_bits, value, value_scale, value_zero, value_bits, pages, length, scale,
-    current_key, current_value,
+    current_key, current_value, slots, sinks, recent,
 ):  # fmt: skip
     return query.new_empty(*query.shape[:2], value.shape[4] * (2 if value_bits == 4 else 1))

@@ -59,6 +59,8 @@ def paged_attention(
     length: Tensor,
     scale: float,
     current: tuple[Tensor, Tensor] | None = None,
+    slots: Tensor | None = None,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """As the torch path. Lists are split over programs and joined (Flash-Decoding); codes are read as they are stored.
 
@@ -73,9 +75,7 @@ def paged_attention(
     widths = [_width(p.head_dim // (2 if p.bits == 4 else 1)) for p in (key, value)]
     options = {"dtype": query.dtype, "head_dim": max(_width(dim), _width(value_dim)), "device": query.device}
     tile = config("paged_attention", **options)
-    if 4 in (key.bits, value.bits) and max(widths) <= 32:
-        # Short packed rows take more registers than they fill.
-        tile["BLOCK_N"] = min(tile["BLOCK_N"], 32)
+    tile["BLOCK_N"] = min(tile["BLOCK_N"], _step_limit(query.dtype, key, value, widths))
     share, splits = _splits(width * size, tile["BLOCK_N"], batch * lists)
     out = query.new_empty(batch, q_heads, value_dim, dtype=dtype)
     parts, lse = out, None
@@ -83,14 +83,15 @@ def paged_attention(
         parts = query.new_empty(splits, batch, q_heads, value_dim, dtype=torch.float32)
         lse = query.new_empty(splits, batch, q_heads, dtype=torch.float32)
     newest = (None, None) if current is None else tuple(x.contiguous() for x in current)
+    slots = None if slots is None else slots.contiguous()
     tensors = [t for p in (key, value) for t in (p.data, *_factors(p))]
     launch(
         attention_kernel, (splits, lists, batch),
-        query, *tensors, pages.contiguous(), length, *newest, parts, lse,
+        query, *tensors, pages.contiguous(), length, slots, *newest, parts, lse,
         *query.stride(), *key.data.stride(), *value.data.stride(), key.data.shape[1], key.data.shape[2], width,
-        share, lists // key.data.shape[1], scale * LOG2E.value,
+        share, *(window or (0, 0)), lists // key.data.shape[1], scale * LOG2E.value,
         PAGE=size, D=dim, DV=value_dim, WIDTH=widths[0], WIDTH_V=widths[1], KEY_BITS=key.bits or 0,
-        VALUE_BITS=value.bits or 0, FOLD=fold, BLOCK_M=_width(fold),
+        VALUE_BITS=value.bits or 0, FOLD=fold, BLOCK_M=_width(fold), WINDOWED=window is not None,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         UPCAST=_upcast(query), **tile,
     )  # fmt: skip
@@ -102,6 +103,14 @@ def paged_attention(
             parts, lse, out, unused, rows, splits, DV=value_dim, WIDTH_V=_width(value_dim), **tile,
         )  # fmt: skip
     return out
+
+
+def _step_limit(dtype: torch.dtype, key: Pages, value: Pages, widths: list[int]) -> int:
+    """Tokens of a step that keep the kernel from spilling: partly filled, short packed and fp32 rows take registers."""
+    if dtype == torch.float32 and (key.bits or value.bits) and max(widths) > 64:
+        return 16
+    ragged = any(p.data.shape[4] != width for p, width in zip((key, value), widths, strict=True))
+    return 32 if ragged or (4 in (key.bits, value.bits) and max(widths) <= 32) else 64
 
 
 def _splits(tokens: int, step: int, running: int) -> tuple[int, int]:
