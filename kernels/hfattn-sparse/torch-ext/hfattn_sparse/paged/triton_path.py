@@ -75,7 +75,7 @@ def paged_attention(
     widths = [_width(p.head_dim // (2 if p.bits == 4 else 1)) for p in (key, value)]
     options = {"dtype": query.dtype, "head_dim": max(_width(dim), _width(value_dim)), "device": query.device}
     tile = config("paged_attention", **options)
-    tile["BLOCK_N"] = min(tile["BLOCK_N"], _step_limit(query.dtype, key, value, widths))
+    tile["BLOCK_N"] = min(tile["BLOCK_N"], _step_limit(key, value, widths))
     share, splits = _splits(width * size, tile["BLOCK_N"], batch * lists)
     out = query.new_empty(batch, q_heads, value_dim, dtype=dtype)
     parts, lse = out, None
@@ -105,12 +105,12 @@ def paged_attention(
     return out
 
 
-def _step_limit(dtype: torch.dtype, key: Pages, value: Pages, widths: list[int]) -> int:
-    """Tokens of a step that keep the kernel from spilling: partly filled, short packed and fp32 rows take registers."""
-    if dtype == torch.float32 and (key.bits or value.bits) and max(widths) > 64:
+def _step_limit(key: Pages, value: Pages, widths: list[int]) -> int:
+    """Tokens of a step that keep the kernel from spilling: rows with columns to mask, and short packed ones, take more
+    registers than they fill."""
+    if any(p.data.shape[4] != width for p, width in zip((key, value), widths, strict=True)):
         return 16
-    ragged = any(p.data.shape[4] != width for p, width in zip((key, value), widths, strict=True))
-    return 32 if ragged or (4 in (key.bits, value.bits) and max(widths) <= 32) else 64
+    return 32 if 4 in (key.bits, value.bits) and max(widths) <= 32 else 256
 
 
 def _splits(tokens: int, step: int, running: int) -> tuple[int, int]:
