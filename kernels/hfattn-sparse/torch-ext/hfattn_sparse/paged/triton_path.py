@@ -108,9 +108,10 @@ def paged_attention(
 def _step_limit(key: Pages, value: Pages, widths: list[int]) -> int:
     """Tokens of a step that keep the kernel from spilling: rows with columns to mask, and short packed ones, take more
     registers than they fill."""
-    if any(p.data.shape[4] != width for p, width in zip((key, value), widths, strict=True)):
-        return 16
-    return 32 if 4 in (key.bits, value.bits) and max(widths) <= 32 else 256
+    ragged = any(p.data.shape[4] != width for p, width in zip((key, value), widths, strict=True))
+    if 4 in (key.bits, value.bits):
+        return 32 if ragged or max(widths) <= 32 else 256
+    return 16 if ragged else 256
 
 
 def _splits(tokens: int, step: int, running: int) -> tuple[int, int]:
