@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn.caches.quantization import KVFormat, absmax_scale
 from hf_attn.call import TokenLayout
 from hf_attn.ops.hfattn_sparse import launch
+from hf_attn.ops.hfattn_sparse.paged.statistics import page_statistics
 
 _KERNELS = "hf_attn.ops.hfattn_sparse"
 
@@ -182,6 +184,46 @@ def _select_routes(top_k: int, q_len: int | None = None, block: int = 128) -> Ca
     return arguments
 
 
+def _statistics(shape: Shape) -> tuple[Any, ...]:
+    return shape.tensors()[1], 64, 16
+
+
+def _page_scores(shape: Shape) -> tuple[Any, ...]:
+    query, key, _ = shape.tensors(1)
+    return query[:, :, 0], page_statistics(key, 64, 16)[0], False
+
+
+def _paged(format: str | None, per_head: bool) -> Callable[[Shape], tuple[Any, ...]]:
+    """One token behind pages of 64: an eighth of them, with one list a query head or one a KV head."""
+
+    def arguments(shape: Shape) -> tuple[Any, ...]:
+        query, key, value = shape.tensors(1)
+        stored = []
+        for x in (key, value):
+            scale = absmax_scale(x) if format == "int8-per-tensor" else None
+            encoded = KVFormat(format).encode(x, scale)
+            stored += encoded.map(lambda t: t[:, :, 0].unflatten(2, (-1, 64)))
+        pages = shape.lists(1, shape.k_len // 64, max(shape.k_len // 512, 2))[:, :, 0].long()
+        pages = pages if per_head else pages[:, : shape.kv_heads]
+        length = torch.full((1,), shape.k_len - 5, device=shape.device)
+        newest = (None, None) if format is None else (key[:, :, -1], value[:, :, -1])
+        return query[:, :, 0], *stored, pages, length, shape.scale, *newest, None, 0, None
+
+    return arguments
+
+
+def _ring(shape: Shape) -> tuple[Any, ...]:
+    """Two pages of sinks and a ring of five, all of them read as far as the window reaches."""
+    given = _paged("int4", False)(replace(shape, k_len=7 * 64))
+    pages = torch.arange(7, device=shape.device).expand(1, shape.kv_heads, 7)
+    slots = torch.arange(7 * 64, device=shape.device).view(1, 7, 64)
+    return *given[:9], pages, *given[10:14], slots, 128, 256
+
+
+def _sink_window(shape: Shape) -> tuple[Any, ...]:
+    return *shape.tensors(), shape.token_index(), 128, 512, shape.scale
+
+
 def _backward(op: str, tensors: int, forward: Callable[[Shape], tuple[Any, ...]]) -> Callable[[Shape], tuple[Any, ...]]:
     """Arguments of a backward op: gradients, the first `tensors` arguments of the forward, its results, its options."""
 
@@ -202,6 +244,10 @@ _SPARSE_BACKWARD = (
     "block_sparse.op:block_sparse_attention_backward",
 )
 _ROUTED_BACKWARD = "routed.triton_op:routed_block_attention_backward", "routed.op:routed_block_attention_backward"
+_PAGED = "paged.triton_op:paged_attention", "paged.op:paged_attention"
+_STATISTICS = "paged.triton_op:page_statistics", "paged.op:page_statistics"
+_PAGE_SCORES = "paged.triton_op:page_scores", "paged.op:page_scores"
+_WINDOW = "windowed.triton_op:sink_window_attention", "windowed.op:sink_window_attention"
 _sparse_gradients = _backward(_SPARSE[0], 6, _block_sparse())
 _routed_gradients = _backward(_ROUTED[0], 5, _routed())
 
@@ -221,6 +267,15 @@ CALLS = (
     KernelCall("routed attention: decode", *_ROUTED, _routed(1)),
     KernelCall("routed attention: backward", *_ROUTED_BACKWARD, _routed_gradients),
     KernelCall("routed attention: backward, no atomics", *_ROUTED_BACKWARD, _routed_gradients, deterministic=True),
+    KernelCall("page statistics", *_STATISTICS, _statistics),
+    KernelCall("page scores", *_PAGE_SCORES, _page_scores),
+    KernelCall("paged attention", *_PAGED, _paged(None, True)),
+    KernelCall("paged attention: int8", *_PAGED, _paged("int8", True)),
+    KernelCall("paged attention: int8, one scale", *_PAGED, _paged("int8-per-tensor", True)),
+    KernelCall("paged attention: int4", *_PAGED, _paged("int4", True)),
+    KernelCall("paged attention: int4, lists of KV heads", *_PAGED, _paged("int4", False)),
+    KernelCall("paged attention: int4, ring", *_PAGED, _ring),
+    KernelCall("sink-window attention", *_WINDOW, _sink_window),
 )
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_attn.caches.quantization import KVFormat
-from hf_attn.ops.hfattn_paged.pages import Pages
-from hf_attn.ops.hfattn_paged.statistics import empty_statistics, update_statistics
+from hf_attn.ops.hfattn_sparse.paged.pages import Pages
+from hf_attn.ops.hfattn_sparse.paged.statistics import empty_statistics, update_statistics
 
 # Pages are allocated ahead in this share of those held: a growing cache is copied now and then, not in every step.
 GROWTH, MIN_GROWTH = 8, 4

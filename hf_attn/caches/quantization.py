@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_attn.ops.hfattn_paged.pages import Pages
-from hf_attn.ops.hfattn_paged.quantization import pack_int4, quantize_per_tensor, quantize_per_token
+from hf_attn.ops.hfattn_sparse.paged.pages import Pages
+from hf_attn.ops.hfattn_sparse.paged.quantization import pack_int4, quantize_per_tensor, quantize_per_token
 
 FORMATS = ("int8", "int4", "int8-per-tensor")
 

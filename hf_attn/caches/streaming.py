@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_attn.caches.quantization import KVFormat
-from hf_attn.ops.hfattn_paged.pages import Pages
+from hf_attn.ops.hfattn_sparse.paged.pages import Pages
 
 
 class Held(NamedTuple):

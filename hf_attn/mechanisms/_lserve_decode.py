@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_attn.caches.lserve import LServeStore, Selection, pick, put, query_heads
+from hf_attn.caches.streaming import StreamingKV
 from hf_attn.call import AttentionCall
-from hf_attn.ops import page_scores, page_statistics, paged_attention, select_pages
+from hf_attn.ops import choose_path, page_scores, page_statistics, paged_attention, select_pages
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
@@ -136,6 +137,8 @@ def _pages(query, key, value, lengths, config, store: LServeStore, scale, done) 
 def _streaming(query, key, value, lengths, store: LServeStore, scale) -> Tensor:
     """Sinks and the decode window `[B, Hq, 1, Dv]`, once the new token is stored; it counts as it was before that."""
     streaming = store.streaming
+    if streaming.ring and choose_path("paged_attention", query, query.shape[3], value.shape[3]) == "triton":
+        return _ring(query, key, value, lengths, streaming, scale)
     held = streaming.held
     equal = len(set(lengths)) == 1
     newest = lengths[0] - 1 if equal else torch.tensor(lengths, device=key.device)[:, None] - 1
@@ -146,6 +149,20 @@ def _streaming(query, key, value, lengths, store: LServeStore, scale) -> Tensor:
         keys, values = torch.where(own, key, keys.to(key.dtype)), torch.where(own, value, values.to(value.dtype))
     gqa = query.shape[1] != keys.shape[1]
     return scaled_dot_product_attention(query, keys, values, attn_mask=seen[:, None, None], scale=scale, enable_gqa=gqa)
+
+
+def _ring(query, key, value, lengths, streaming: StreamingKV, scale) -> Tensor:
+    """The same from the pages of a ring as they are stored, without copying or dequantising them."""
+    keys, values = (
+        pages.map(lambda t: t[:, :, 0].unflatten(2, (-1, streaming.page_size))) for pages in streaming.held[:2]
+    )
+    slots = streaming.held.position.unflatten(1, (-1, streaming.page_size))
+    everything = torch.arange(slots.shape[1], device=key.device).expand(*key.shape[:2], -1)
+    out = paged_attention(
+        query[:, :, 0], keys, values, everything, length=torch.tensor(lengths, device=key.device), scale=scale,
+        current=(key[:, :, 0], value[:, :, 0]), slots=slots, window=(streaming.sink, streaming.local),
+    )  # fmt: skip
+    return out[:, :, None]
 
 
 # -- from plain keys ---------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ if (_kernel_sources / ".hf_attn_kernels").is_file():
 
 from hf_attn.ops.backend import choose_path  # noqa: E402
 from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
-from hf_attn.ops.counts import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
+from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
 from hf_attn.ops.paged import page_scores, page_statistics, paged_attention, select_pages  # noqa: E402
 from hf_attn.ops.pyramid import (  # noqa: E402

@@ -18,7 +18,18 @@ Path = Literal["reference", "torch", "triton"]
 _VARIABLE = "HF_ATTN_BACKEND"
 _CHECK_VARIABLE = "HF_ATTN_CHECK"
 # Ops that have a Triton path.
-TRITON_OPS = frozenset({"block_sparse_attention", "routed_block_attention", "select_blocks", "select_routes"})
+TRITON_OPS = frozenset(
+    {
+        "block_sparse_attention",
+        "page_scores",
+        "page_statistics",
+        "paged_attention",
+        "routed_block_attention",
+        "select_blocks",
+        "select_routes",
+        "sink_window_attention",
+    }
+)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_DEVICES = ("cuda", "xpu")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_attn.call import TokenLayout
 from hf_attn.checks import require_int
-from hf_attn.ops.backend import autocast, check_qkv, choose_path, resolve_tokens
+from hf_attn.ops.backend import Path, autocast, check_qkv, choose_path, resolve_tokens
 
 
 def sink_window_attention(
@@ -47,10 +48,17 @@ def sink_window_attention(
     index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
 
+    return _form(path)(query, key, value, index, sinks, window, scale)
+
+
+def _form(path: Path) -> Callable[..., Tensor]:
+    if path == "triton":
+        from hf_attn.ops.hfattn_sparse.windowed.triton_op import sink_window_attention as form
+
+        return form
     from hf_attn.ops.hfattn_sparse.windowed import op
 
-    run = op.run_reference if path == "reference" else op.sink_window_attention
-    return run(query, key, value, index, sinks, window, scale)
+    return op.run_reference if path == "reference" else op.sink_window_attention
 
 
 def gated_streaming_attention(

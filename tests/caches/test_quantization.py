@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_attn.caches.quantization import KVFormat, absmax_scale
-from hf_attn.ops.hfattn_paged import dequantize, pack_int4, quantize_per_tensor, quantize_per_token, unpack_int4
+from hf_attn.ops.hfattn_sparse.paged import dequantize, pack_int4, quantize_per_tensor, quantize_per_token, unpack_int4
 
 
 def test_pack_round_trip():

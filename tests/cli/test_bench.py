@@ -124,7 +124,7 @@ def test_a_shorter_prompt_is_the_head_of_a_longer_one(model):
 
 def test_a_wrong_result_has_no_speed(model, monkeypatch):
     """A path that reads other pages than the reference fails its check, and the table shows no ratio for it."""
-    from hf_attn.ops.hfattn_paged import torch_path
+    from hf_attn.ops.hfattn_sparse.paged import torch_path
 
     original = torch_path.paged_attention
 

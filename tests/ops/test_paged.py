@@ -9,7 +9,7 @@ import torch
 
 from hf_attn import ops
 from hf_attn.caches.quantization import KVFormat, absmax_scale
-from hf_attn.ops.hfattn_paged import Pages
+from hf_attn.ops.hfattn_sparse.paged import Pages
 from tests.budget import assert_as_good_as_eager
 
 
@@ -60,9 +60,49 @@ def test_torch_path_matches_reference(value_dim, name, per_head, current, monkey
     assert ops.path_counts()["paged_attention | torch"] >= 1
 
 
+@pytest.mark.parametrize("window", [None, (8, 20), (0, 1)])
+@pytest.mark.parametrize("ring", [False, True])
+@pytest.mark.parametrize("current", [False, True])
+@pytest.mark.parametrize("piece", [200, 1 << 17])
+def test_rings_and_windows(piece, current, ring, window, monkeypatch):
+    """Against attention to the tokens that numbers, window and lists leave, one by one."""
+    from hf_attn.ops.hfattn_sparse.paged import torch_path
+
+    monkeypatch.setattr(torch_path, "PIECE", piece)
+    query, key, value, lists, length = case(per_head=False, value_dim=10)
+    numbers = torch.arange(72).expand(3, 72)
+    if ring:
+        numbers = torch.stack([torch.randperm(72) for _ in range(3)])
+        numbers[:, ::7] = -1
+    newest = (torch.randn(3, 2, 16), torch.randn(3, 2, 10)) if current else None
+    expected = torch.zeros(3, 6, 10)
+    for row in range(3):
+        for head in range(6):
+            keys, values = [], []
+            for page in lists[row, head // 3].tolist():
+                for place in range(8) if page >= 0 else ():
+                    number = int(numbers[row, page * 8 + place])
+                    near = window is None or number < window[0] or number >= length[row] - window[1]
+                    own = current and number == length[row] - 1
+                    if 0 <= number < length[row] and near and not (ring and own):
+                        keys.append(newest[0][row, head // 3] if own else key[row, head // 3, page, place])
+                        values.append(newest[1][row, head // 3] if own else value[row, head // 3, page, place])
+            if ring and current and length[row] > 0:
+                keys.append(newest[0][row, head // 3])
+                values.append(newest[1][row, head // 3])
+            if keys:
+                weights = (torch.stack(keys) @ query[row, head] / 4).softmax(0)
+                expected[row, head] = weights @ torch.stack(values)
+    options = {"length": length, "current": newest, "slots": numbers.view(3, 9, 8) if ring else None, "window": window}
+    for backend in ("reference", "torch"):
+        monkeypatch.setenv("HF_ATTN_BACKEND", backend)
+        got = ops.paged_attention(query, Pages(key), Pages(value), lists, **options)
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("piece", [1, 200, 10_000])
 def test_any_piece_size_gives_the_same(piece, monkeypatch):
-    from hf_attn.ops.hfattn_paged import torch_path
+    from hf_attn.ops.hfattn_sparse.paged import torch_path
 
     query, key, value, lists, length = case()
     expected = ops.paged_attention(query, Pages(key), Pages(value), lists, length=length)
@@ -75,7 +115,7 @@ def test_any_piece_size_gives_the_same(piece, monkeypatch):
 @pytest.mark.parametrize("name", [None, "int4"])
 def test_lists_copied_as_one_give_the_same(name, current, monkeypatch):
     """The lists of the query heads of a KV head, merged or one by one, against the reference."""
-    from hf_attn.ops.hfattn_paged import torch_path
+    from hf_attn.ops.hfattn_sparse.paged import torch_path
 
     query, key, value, lists, length = case(seed=3)
     newest = (torch.randn(3, 2, 16), torch.randn(3, 2, 16)) if current else None
@@ -93,7 +133,7 @@ def test_lists_copied_as_one_give_the_same(name, current, monkeypatch):
 
 def test_a_page_of_another_head_cannot_reach_a_result(monkeypatch):
     """Heads share a copy, but not what is wrong with a page that only one of them reads."""
-    from hf_attn.ops.hfattn_paged import torch_path
+    from hf_attn.ops.hfattn_sparse.paged import torch_path
 
     monkeypatch.setattr(torch_path, "SHARED", 1.0)
     query, key, value, _, length = case(batch=1, heads=1)
@@ -181,6 +221,10 @@ def test_bad_input():
         (lambda: ops.paged_attention(query, *pages, lists[:, :4], length=length), "pages must be [3, 2 or 6, W]"),
         (lambda: ops.paged_attention(query, *pages, lists, length=length[:2]), "length must be an integer tensor [3]"),
         (lambda: ops.paged_attention(query, pages[0], Pages(value[:, :, :4]), lists, length=length), "pages differ"),
+        (lambda: ops.paged_attention(query, *pages, lists, length=length, slots=lists),
+         "slots must be an integer tensor [3, 9, 8]"),
+        (lambda: ops.paged_attention(query, *pages, lists, length=length, window=(1, -1)),
+         "window[1] must be an integer"),
         (lambda: ops.sink_window_attention(query[:, :, None], query[:, :, None], query[:, :, None], sinks=-1, window=3),
          "sinks must be an integer >= 0"),
         (lambda: ops.gated_streaming_attention(*(key[:, :, 0],) * 3, torch.ones(3), sinks=1, window=2),

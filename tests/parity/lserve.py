@@ -10,7 +10,7 @@ from hf_attn.caches.lserve import LServeStore
 from hf_attn.caches.quantization import KVFormat, absmax_scale
 from hf_attn.call import AttentionCall, LayerContext, TokenLayout
 from hf_attn.mechanism import get_mechanism
-from hf_attn.ops.hfattn_paged import dequantize, quantize_per_tensor, quantize_per_token
+from hf_attn.ops.hfattn_sparse.paged import dequantize, quantize_per_tensor, quantize_per_token
 
 
 def run(inputs: dict[str, Tensor], config: dict) -> dict[str, Tensor]:

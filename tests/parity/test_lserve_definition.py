@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_attn.ops.hfattn_paged import dequantize, quantize_per_token
+from hf_attn.ops.hfattn_sparse.paged import dequantize, quantize_per_token
 from tests.parity import lserve
 
 CASES = [

@@ -48,16 +48,17 @@ def select_pages(scores: Tensor, last: Tensor, count: int) -> Tensor:
     scores = torch.where(number < last[:, None, None], scores.nan_to_num(nan=-3e38, neginf=-3e38), float("-inf"))
     if count == 0:
         return scores.new_empty(*scores.shape[:2], 0, dtype=torch.int64)
-    found = scores.topk(count, sorted=False)
-    if count < pages and _tied(scores, found.values):
-        order = scores.flip(-1).sort(dim=-1, descending=True, stable=True)
-        return torch.where(torch.isneginf(order.values), -1, pages - 1 - order.indices)[..., :count]
-    return torch.where(torch.isneginf(found.values), -1, found.indices)
+    # Compiled code and GPUs do not look at the scores, which would wait for the device.
+    looks = scores.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks or count == pages:
+        found = scores.topk(count, sorted=False)
+        if count == pages or not _tied(scores, found.values):
+            return torch.where(torch.isneginf(found.values), -1, found.indices)
+    order = scores.flip(-1).sort(dim=-1, descending=True, stable=True)
+    return torch.where(torch.isneginf(order.values), -1, pages - 1 - order.indices)[..., :count]
 
 
 def _tied(scores: Tensor, chosen: Tensor) -> bool:
-    """Whether the choice among equal scores is open; compiled code and GPUs do not look and take the exact way."""
-    if torch.compiler.is_compiling() or scores.device.type != "cpu":
-        return True
+    """Whether the choice among equal scores is open."""
     worst = chosen.amin(-1, keepdim=True)
     return bool((((scores >= worst) & ~torch.isneginf(scores)).sum(-1) > chosen.shape[-1]).any())

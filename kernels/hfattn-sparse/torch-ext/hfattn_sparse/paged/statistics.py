@@ -61,6 +61,11 @@ def page_statistics(key: Tensor, page_size: int, logical_page_size: int) -> tupl
     for fill, reduce in ((float("-inf"), torch.amax), (float("inf"), torch.amin)):
         padded = torch.nn.functional.pad(key, (0, 0, 0, pages * page_size - length), value=fill)
         bounds.append(reduce(padded.unflatten(2, (pages, logical, logical_page_size)), 4))
-    starts = torch.arange(pages * logical, device=key.device) * logical_page_size
-    count = (length - starts).clamp(0, logical_page_size)
-    return torch.stack(bounds, -2), count.view(pages, logical)
+    return torch.stack(bounds, -2), tokens_of_pages(length, page_size, logical_page_size, key.device)
+
+
+def tokens_of_pages(length: int, page_size: int, logical_page_size: int, device: torch.device) -> Tensor:
+    """Number of tokens in each logical page of a row, int64 `[pages, logical]`."""
+    pages, logical = -(-length // page_size), page_size // logical_page_size
+    starts = torch.arange(pages * logical, device=device) * logical_page_size
+    return (length - starts).clamp(0, logical_page_size).view(pages, logical)

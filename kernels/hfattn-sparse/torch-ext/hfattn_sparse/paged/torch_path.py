@@ -23,6 +23,8 @@ def paged_attention(
     length: Tensor,
     scale: float,
     current: tuple[Tensor, Tensor] | None = None,
+    slots: Tensor | None = None,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """softmax(scale * q.k) v over the tokens of the listed pages, one query a row, fp32 inside (fp64 for fp64).
 
@@ -32,18 +34,22 @@ def paged_attention(
         pages: int64 `[B, H | Hq, W]`, -1 padded, no page twice.
         length: int64 `[B]`: tokens from here on are not read.
         current: the newest token (number `length - 1`) as it was before quantisation, `[B, H, D]` and `[B, H, Dv]`.
+        slots: int64 `[B, n, P]`, the token in every place (-1: none); None: in order. With `current`, no place is read
+            for the newest token: it takes part in any case.
+        window: (sinks, recent): of the tokens only the first `sinks` and the last `recent` are read.
 
     Returns `[B, Hq, Dv]` in the query's dtype; 0 for rows without a token.
     """
     heads, device = key.data.shape[1], pages.device
-    if pages.shape[1] > heads and device.type == "cpu" and not torch.compiler.is_compiling():
+    plain = slots is None and window is None
+    if plain and pages.shape[1] > heads and device.type == "cpu" and not torch.compiler.is_compiling():
         merged, member = _merged(pages, heads, key.data.shape[2])
         if merged.shape[2] <= SHARED * pages.shape[2] * (pages.shape[1] // heads):
-            out = _attend(query, key, value, merged, member, length, scale, current)
+            out = _attend(query, key, value, merged, member, length, scale, current, None, None)
             # A page that one head reads and another does not must not reach the other, whatever it holds.
             if bool(out.isfinite().all()):
                 return out
-    return _attend(query, key, value, pages, None, length, scale, current)
+    return _attend(query, key, value, pages, None, length, scale, current, slots, window)
 
 
 def _merged(pages: Tensor, heads: int, count: int) -> tuple[Tensor, Tensor]:
@@ -71,45 +77,65 @@ def _attend(
     length: Tensor,
     scale: float,
     current: tuple[Tensor, Tensor] | None,
+    slots: Tensor | None,
+    window: tuple[int, int] | None,
 ) -> Tensor:
     """`paged_attention` over lists that may hold more than a query head reads: `member`, bool `[B, Hq, W]`."""
     batch, q_heads, _ = query.shape
     lists, size, width = pages.shape[1], key.page_size, pages.shape[2]
     rows = q_heads // lists
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    token = pages[..., None] * size + torch.arange(size, device=pages.device)
-    seen = ((pages >= 0)[..., None] & (token < length[:, None, None, None])).flatten(2)  # [B, lists, W * P]
+    seen, newest = _tokens(pages, length, size, current is not None, slots, window)
     # Fill gaps with a page that is read anyway: any other may hold anything.
     filled = torch.where(pages >= 0, pages, pages.amax(-1, keepdim=True).clamp(min=0))
     head = torch.arange(lists, device=pages.device) * key.data.shape[1] // lists
     first = (torch.arange(batch, device=pages.device)[:, None] * key.data.shape[1] + head) * key.data.shape[2]
     table = (filled + first[..., None]).flatten(0, 1)  # [B * lists, W] rows of the page tables
 
-    seen = seen.flatten(0, 1)[:, None]  # [B * lists, 1 or rows, W * P]
     if member is not None:
         seen = seen & member.reshape(batch * lists, rows, width, 1).expand(-1, -1, -1, size).flatten(2)
 
     vectors = (query.to(dtype) * scale).reshape(batch * lists, rows, -1)
-    scores = torch.empty(batch * lists, rows, width * size, dtype=dtype, device=query.device)
+    scores = torch.empty(batch * lists, rows, seen.shape[2], dtype=dtype, device=query.device)
     for at, columns, part in _pieces(key, table, dtype):
         part.scores(vectors[at], scores[at, :, columns])
-    newest = None
     if current is not None:
-        newest = (token == length[:, None, None, None] - 1) & (pages >= 0)[..., None]
-        newest = newest.flatten(2).flatten(0, 1)[:, None] & seen
+        newest = newest & seen
         own = (vectors.view(batch, lists, rows, -1) * _of_lists(current[0], lists, dtype)).sum(-1)
         scores = torch.where(newest, own.reshape(batch * lists, rows, 1), scores)
     scores.masked_fill_(~seen, float("-inf"))
     weights = torch.softmax(scores, -1)
     out = torch.zeros(batch * lists, rows, value.head_dim, dtype=dtype, device=query.device)
-    if newest is not None:
+    if current is not None:
         own = (weights * newest).sum(-1, keepdim=True)
         out += own * _of_lists(current[1], lists, dtype).reshape(batch * lists, 1, -1)
         weights = weights.masked_fill(newest, 0.0)
     for at, columns, part in _pieces(value, table, dtype):
         part.add_weighted(weights[at, :, columns], out[at])
-    blind = ~seen.any(-1, keepdim=True)
-    return out.masked_fill_(blind, 0.0).view(batch, q_heads, -1).to(query.dtype)
+    return out.masked_fill_(~seen.any(-1, keepdim=True), 0.0).view(batch, q_heads, -1).to(query.dtype)
+
+
+def _tokens(
+    pages: Tensor, length: Tensor, size: int, current: bool, slots: Tensor | None, window: tuple[int, int] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Which tokens of the lists are read, bool `[B * lists, 1, T]`, and which one is the newest if it is given apart.
+
+    T is the width of the lists times the page size, and one more for a newest token that no page holds.
+    """
+    end = length[:, None, None, None]
+    token = pages[..., None] * size + torch.arange(size, device=pages.device)
+    if slots is not None:
+        token = slots[torch.arange(len(length), device=pages.device)[:, None, None], pages.clamp(min=0)]
+    listed = (pages >= 0)[..., None]
+    seen = listed & (token >= 0) & (token < end)
+    if window is not None:
+        seen &= (token < window[0]) | (token >= end - window[1])
+    newest = listed & (token == end - 1) if current else None
+    if current and slots is not None:
+        own = (length > 0)[:, None, None].expand(-1, pages.shape[1], 1)
+        seen = torch.cat([(seen & ~newest).flatten(2), own], 2)
+        newest = torch.cat([torch.zeros_like(newest).flatten(2), torch.ones_like(own)], 2)
+    return tuple(x if x is None else x.flatten(2).flatten(0, 1)[:, None] for x in (seen, newest))
 
 
 def _of_lists(x: Tensor, lists: int, dtype: torch.dtype) -> Tensor:
@@ -176,5 +202,5 @@ def _pieces(source: Pages, table: Tensor, dtype: torch.dtype) -> Iterator[tuple[
             got = torch.index_select(data, 0, flat, out=work[: flat.numel()]).view(count, -1, source.data.shape[4])
             scales = scale if scale is None or scale.dim() == 0 else scale[flat].view(count, 1, -1)
             zeros = None if zero is None else zero[flat].view(count, 1, -1)
-            columns = slice(column * size, (column + step) * size)
+            columns = slice(column * size, min(column + step, width) * size)
             yield slice(row, row + count), columns, _Part(got, scales, zeros, source.bits, dtype)

@@ -1,6 +1,5 @@
 """Paged decoding: key statistics, page scores and selection, quantised pages, attention over lists of pages."""
 
-from .counters import path_counts, reset_path_counts
 from .pages import Pages
 from .quantization import dequantize, pack_int4, quantize_per_tensor, quantize_per_token, unpack_int4
 from .selection import page_scores, select_pages
@@ -14,10 +13,8 @@ __all__ = [
     "page_scores",
     "page_statistics",
     "paged_attention",
-    "path_counts",
     "quantize_per_tensor",
     "quantize_per_token",
-    "reset_path_counts",
     "select_pages",
     "unpack_int4",
 ]
