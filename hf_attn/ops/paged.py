@@ -143,5 +143,6 @@ def _form(name: str, query: Tensor, *head_dims: int) -> Callable[..., Any]:
         from hf_attn.ops.hfattn_sparse.paged import triton_op
 
         return getattr(triton_op, name)
-    count(name, path)
+    if not torch.compiler.is_compiling():
+        count(name, path)
     return getattr(op, f"{name}_reference" if path == "reference" else name)
