@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import pytest
@@ -125,3 +126,16 @@ def test_queries_that_are_not_the_last_tokens_are_refused():
     index[:, 1] = torch.cat([torch.arange(10).flip(0), torch.arange(10)])
     with pytest.raises(ValueError, match="needs the queries of a sequence to be its last tokens"):
         attend(tokens=TokenLayout(2, 10, 10, index), causal=True)
+
+
+def test_only_ops_that_never_wait_for_the_device_may_be_in_a_cuda_graph():
+    """Paths that read lists on the host are tagged; Triton paths are not."""
+    pytest.importorskip("triton")
+    for family in ("block_sparse", "routed", "selection"):
+        importlib.import_module(f"hf_attn.ops.hfattn_sparse.{family}.op")
+        importlib.import_module(f"hf_attn.ops.hfattn_sparse.{family}.triton_op")
+    for name in ("block_sparse_attention", "routed_block_attention", "select_routes", "select_blocks"):
+        tagged = {}
+        for suffix in ("", "_triton"):
+            tagged[suffix] = torch.Tag.cudagraph_unsafe in getattr(torch.ops.hf_attn, name + suffix).default.tags
+        assert tagged == {"": True, "_triton": False}, name

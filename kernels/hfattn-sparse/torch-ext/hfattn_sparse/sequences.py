@@ -9,6 +9,9 @@ from torch import Tensor
 
 Rows = slice | Tensor
 
+# Tags of ops that cut sequences or lists on the host: a CUDA graph would replay the first call's decisions.
+HOST_SYNC = (torch.Tag.cudagraph_unsafe,)
+
 
 class Sequence(NamedTuple):
     """One sequence of a call: `query[batch][:, :, q]` aligns with the end of `key[batch][:, :, k]`.

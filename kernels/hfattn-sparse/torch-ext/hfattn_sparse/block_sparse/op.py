@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from ..counters import count
-from ..sequences import Sequence, split_sequences, take
+from ..sequences import HOST_SYNC, Sequence, split_sequences, take
 from . import reference, torch_path
 
 
@@ -29,7 +29,7 @@ def run_reference(
     return _over_sequences(reference.forward, query, key, value, indices, index, key_bias, blocks)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("block_sparse_attention"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("block_sparse_attention"), mutates_args=(), tags=HOST_SYNC)
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -61,7 +61,7 @@ def _(query, key, value, indices, index, key_bias, block_q, block_k, causal, sca
     return out, query.new_empty(query.shape[:3], dtype=_stat_dtype(query))
 
 
-@torch.library.custom_op(add_op_namespace_prefix("block_sparse_attention_backward"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("block_sparse_attention_backward"), mutates_args=(), tags=HOST_SYNC)
 def block_sparse_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

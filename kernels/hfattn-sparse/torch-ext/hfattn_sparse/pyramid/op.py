@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from ..counters import count
-from ..sequences import Sequence, split_sequences, take
+from ..sequences import HOST_SYNC, Sequence, split_sequences, take
 from . import reference, torch_path
 from .pooling import num_blocks
 from .selection import choose_levels, cost, pair_counts
@@ -31,7 +31,7 @@ def run_reference(
     return _over_sequences(reference.forward, query, key, value, levels, index, options)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("pyramid_attention"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("pyramid_attention"), mutates_args=(), tags=HOST_SYNC)
 def pyramid_attention(
     query: Tensor,
     key: Tensor,
@@ -63,7 +63,7 @@ def _(query, key, value, levels, index, block_q, block_k, causal, scale, tail):
     return out, query.new_empty(query.shape[:3], dtype=_stat_dtype(query))
 
 
-@torch.library.custom_op(add_op_namespace_prefix("pyramid_attention_backward"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("pyramid_attention_backward"), mutates_args=(), tags=HOST_SYNC)
 def pyramid_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -127,7 +127,7 @@ def _backward(ctx, grad_out, grad_lse):
 pyramid_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("pyramid_levels"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("pyramid_levels"), mutates_args=(), tags=HOST_SYNC)
 def pyramid_levels(
     query: Tensor,
     key: Tensor,

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from ..counters import count
-from ..sequences import split_sequences, take
+from ..sequences import HOST_SYNC, split_sequences, take
 from . import reference, routing, torch_path
 
 
-@torch.library.custom_op(add_op_namespace_prefix("select_routes"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("select_routes"), mutates_args=(), tags=HOST_SYNC)
 def select_routes(
     query: Tensor, key: Tensor, index: Tensor | None, block_size: int, top_k: int, causal: bool
 ) -> Tensor:
@@ -53,7 +53,7 @@ def run_reference(
     return _over_sequences(reference.forward, query, key, value, routes, index, options)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("routed_block_attention"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("routed_block_attention"), mutates_args=(), tags=HOST_SYNC)
 def routed_block_attention(
     query: Tensor,
     key: Tensor,
@@ -83,7 +83,7 @@ def _(query, key, value, routes, index, block_size, causal, scale, allow_dense):
     return out, query.new_empty(query.shape[:3], dtype=_stat_dtype(query))
 
 
-@torch.library.custom_op(add_op_namespace_prefix("routed_block_attention_backward"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("routed_block_attention_backward"), mutates_args=(), tags=HOST_SYNC)
 def routed_block_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from ..counters import count
-from ..sequences import split_sequences, take
+from ..sequences import HOST_SYNC, split_sequences, take
 from . import reference, torch_path
 from .rule import Rule
 
@@ -33,7 +33,7 @@ def select_blocks_reference(
         return _over_sequences(reference.select_blocks, query, key, index, chosen_by, scale, sequences)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("select_blocks"), mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op(add_op_namespace_prefix("select_blocks"), mutates_args=(), tags=HOST_SYNC)
 def select_blocks(
     query: Tensor,
     key: Tensor,

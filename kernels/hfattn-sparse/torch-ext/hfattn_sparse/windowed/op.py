@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from ..counters import count
-from ..sequences import split_sequences, take
+from ..sequences import HOST_SYNC, split_sequences, take
 from . import reference, torch_path
 
 
@@ -19,7 +19,7 @@ def run_reference(
     return _over_sequences(reference.forward, query, key, value, index, sinks, window, scale)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("sink_window_attention"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("sink_window_attention"), mutates_args=(), tags=HOST_SYNC)
 def sink_window_attention(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor | None, sinks: int, window: int, scale: float
 ) -> Tensor:
@@ -33,7 +33,7 @@ def _(query, key, value, index, sinks, window, scale):
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 
-@torch.library.custom_op(add_op_namespace_prefix("sink_window_attention_backward"), mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("sink_window_attention_backward"), mutates_args=(), tags=HOST_SYNC)
 def sink_window_attention_backward(
     grad_out: Tensor,
     query: Tensor,
