@@ -184,7 +184,7 @@ def test_wrong_names_and_targets(tiny):
         hf_attn.calibrate(tiny[0], "moba")
     with pytest.raises(ValueError, match=r"unknown name 'lserv' \(did you mean 'lserve'\?\)"):
         hf_attn.calibrate(tiny[0], "lserv")
-    with pytest.raises(TypeError, match="hf_attn.calibrate takes a transformers PreTrainedModel, got Linear"):
+    with pytest.raises(TypeError, match="hf_attn.calibrate takes a transformers PreTrainedModel, .*got Linear"):
         hf_attn.calibrate(torch.nn.Linear(2, 2), "lserve")
     model = build("cohere2", layer_types=["sliding_attention"] * 2)
     with pytest.raises(ValueError, match="every one has a sliding window of its own"):

@@ -246,7 +246,7 @@ def layout_from_mask(
     Raises ValueError for masks of another kind or shape.
     """
     batch, q_len = query.shape[0], query.shape[2]
-    k_len = keys if isinstance(keys, int) else keys.shape[2]
+    k_len = keys.shape[2] if isinstance(keys, Tensor) else keys
     kind = mask_kind(attention_mask, q_len, k_len)
     if kind in ("pattern", "dense"):
         return TokenLayout(batch, q_len, k_len, dense=_checked_dense(attention_mask, q_len, k_len))
