@@ -37,7 +37,7 @@ class LServeConfig(MechanismConfig):
         zero_dtype: "float16" or "float32", of zero points.
         stats_dtype: "float16", "bfloat16" or "float32", of the key statistics; None takes the keys' dtype.
         group_select: "per_query_head", or "group_max": one list of pages for all query heads of a KV head, by their
-            best score. It reads fewer pages and is three to four times faster on a CPU, but is not the paper's rule.
+            best score. It reads fewer pages and is faster on a CPU (docs/lserve.md), but is not the paper's rule.
         heads: `[layers][KV heads]` of 0 and 1, 1 = retrieval head; one row serves all layers. Wins over `gates`.
         gates: `[layers][KV heads]` of DuoAttention's gate values in [0, 1].
         min_seq_len: tokens up to which retrieval heads read everything, >= 0 (never less than `token_budget`). `None`
