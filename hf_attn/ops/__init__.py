@@ -16,6 +16,7 @@ from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
 from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
+from hf_attn.ops.linear import linear_attention  # noqa: E402
 from hf_attn.ops.paged import page_scores, page_statistics, paged_attention, select_pages  # noqa: E402
 from hf_attn.ops.pyramid import (  # noqa: E402
     antidiagonal_importance,
@@ -39,6 +40,7 @@ __all__ = [
     "gated_streaming_attention",
     "key_block_major",
     "key_convolution",
+    "linear_attention",
     "page_scores",
     "page_statistics",
     "paged_attention",

@@ -1,0 +1,1 @@
+"""Causal linear attention with an exponential decay: blocks of masked products around a running state."""
