@@ -13,6 +13,7 @@ FAMILIES = (
     Family("moba_qwen3", _MOBA, "MobaQwen3Config", "MobaQwen3Model", "MobaQwen3ForCausalLM"),
     Family("moba_mistral", _MOBA, "MobaMistralConfig", "MobaMistralModel", "MobaMistralForCausalLM"),
     Family("moba_hybrid", "hf_attn.models.moba_hybrid", "MobaHybridConfig", "MobaHybridModel", "MobaHybridForCausalLM"),
+    Family("tnl", "hf_attn.models.tnl", "TnlConfig", "TnlModel", "TnlForCausalLM"),
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).

@@ -106,8 +106,9 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, grad_state):
-    grads = linear_attention_backward(grad_out, grad_state, *ctx.saved_tensors, *ctx.options)
-    state = ctx.saved_tensors[4]
+    saved = ctx.saved_tensors  # once only: activation checkpointing forbids a second look
+    grads = linear_attention_backward(grad_out, grad_state, *saved, *ctx.options)
+    state = saved[4]
     grad_initial = None if state is None else grads[3].to(state.dtype)
     return *grads[:3], None, grad_initial, None, None, None
 
