@@ -29,6 +29,7 @@ from hf_attn.ops.pyramid import (  # noqa: E402
 )
 from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
 from hf_attn.ops.selection import select_blocks  # noqa: E402
+from hf_attn.ops.selective import selective_attention  # noqa: E402
 from hf_attn.ops.windowed import gated_streaming_attention, sink_window_attention  # noqa: E402
 
 __all__ = [
@@ -56,5 +57,6 @@ __all__ = [
     "similarity_cap",
     "select_pages",
     "select_routes",
+    "selective_attention",
     "sink_window_attention",
 ]
