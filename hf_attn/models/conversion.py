@@ -17,9 +17,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hf_attn.checks import did_you_mean
 from hf_attn.integrations.hub.names import hub_id
-from hf_attn.integrations.transformers.loading import renames_weights
+from hf_attn.integrations.transformers.loading import host_on_meta, renames_weights
 from hf_attn.models import CONVERSIONS
-from hf_attn.models.record import RECORD, write_record
+from hf_attn.models.record import RECORD, patterns, write_record
 
 # Keys of a config that say which class and file it came from, not what the model is.
 _ORIGIN = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path", "hf_attn", RECORD)
@@ -120,6 +120,9 @@ def convert(
     source: nn.Module | str | os.PathLike, name: str, *, load: dict[str, Any] | None = None, **options: Any
 ) -> nn.Module:
     """See `hf_attn.convert`."""
+    from hf_attn.models import adapters
+
+    adapters.install()
     conversion = get_conversion(name)
     if isinstance(source, str | os.PathLike):
         return _load(conversion, os.fspath(source), load or {}, options)
@@ -171,8 +174,11 @@ def around(
         config.dtype = source.dtype
     with torch.device("meta"):
         model = model_class(config) if record is None else model_class(**config)
-    if record is not None:
-        model.register_to_config(**{RECORD: record})
+    new = patterns(model.state_dict().keys() - source.state_dict().keys())
+    if record is None:
+        getattr(model.config, RECORD)["new_weights"] = new
+    else:
+        model.register_to_config(**{RECORD: {**record, "new_weights": new}})
     share_weights(source, model, weights, rewrite)
     model.train(source.training)
     if getattr(source, "generation_config", None) is not None:
@@ -266,9 +272,33 @@ def _load(conversion: Conversion, repo: str, load: dict[str, Any], options: dict
     if conversion.prepare is not None:
         options, weights = conversion.prepare(lambda: load_host(repo, host, load), options)
     config = new_config(conversion, base, model_class, options, given, repo)
-    if isinstance(base, Mapping) or conversion.rewrite is not None or renames_weights(host, base):
-        return around(load_host(repo, host, load), model_class, config, weights, conversion.rewrite)
-    model = model_class.from_pretrained(repo, config=config, **load)
+    return load_as(repo, base, host, model_class, config, weights, conversion.rewrite, load)
+
+
+def load_as(
+    repo: str,
+    base: Any,
+    host: str,
+    model_class: type[nn.Module],
+    config: Any,
+    weights: dict[str, Tensor],
+    rewrite: Callable[[Any, str, Tensor], Tensor] | None,
+    load: dict[str, Any],
+) -> nn.Module:
+    """A checkpoint of the host's class `host` as a model of ours; arguments as in `around`, `load` as in `convert`."""
+    empty = None if isinstance(base, Mapping) else host_on_meta(host, base)
+    if empty is None or rewrite is not None or renames_weights(empty):
+        source = load_host(repo, host, load)
+        _refuse(source, getattr(config, RECORD)["name"] if empty is not None else config[RECORD]["name"])
+        return around(source, model_class, config, weights, rewrite)
+    model, report = model_class.from_pretrained(repo, config=config, output_loading_info=True, **load)
+    lost = sorted(set(report["missing_keys"]) & empty.state_dict().keys())
+    if lost:
+        raise ValueError(
+            f"{repo} lacks {len(lost)} weights of a {host} ({lost[0]}, ...); they would be random. Is the checkpoint "
+            "complete, and of this architecture?"
+        )
+    getattr(model.config, RECORD)["new_weights"] = patterns(model.state_dict().keys() - empty.state_dict().keys())
     set_weights(model, weights)
     model.config._name_or_path = model.name_or_path = ""
     return model

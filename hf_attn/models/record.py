@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 RECORD = "hf_attn_conversion"
@@ -30,6 +30,7 @@ def write_record(
         "base_type": base_type,
         "base_model": base_model,
         "fields": sorted(fields),
+        "new_weights": [],
     }
     if isinstance(config, dict):
         config[RECORD] = record
@@ -40,13 +41,23 @@ def write_record(
 def read_record(config: Any) -> dict[str, Any] | None:
     """The record of a converted model's config with the present values of its fields; None for other models.
 
-    Keys: name, options, base_type, base_model (Hub id or None), fields {name: value}.
+    Keys: name, options, base_type, base_model (Hub id or None), fields {name: value}, new_weights (patterns).
     """
     values = dict(config) if isinstance(config, Mapping) else config.to_dict()
     record = values.get(RECORD)
     if record is None:
         return None
     return {**record, "fields": {key: values.get(key) for key in record["fields"]}}
+
+
+def patterns(names: Iterable[str]) -> list[str]:
+    """Names with every layer index written as `*`, each once."""
+    return sorted({".".join("*" if part.isdecimal() else part for part in name.split(".")) for name in names})
+
+
+def is_new(record: dict[str, Any], name: str) -> bool:
+    """Whether a weight of a converted model is one that its base does not have."""
+    return patterns([name])[0] in record["new_weights"]
 
 
 class _Missing:

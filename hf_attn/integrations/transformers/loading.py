@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 
-def renames_weights(host: str, config: Any) -> bool:
-    """Does transformers rename or merge weights when it loads class `host`?
+def host_on_meta(host: str, config: Any) -> nn.Module:
+    """A model of transformers' class `host` without memory for its weights."""
+    with torch.device("meta"):
+        return getattr(transformers, host)(copy.deepcopy(config))
+
+
+def renames_weights(model: nn.Module) -> bool:
+    """Does transformers rename or merge weights when it loads this model?
 
     It does so by class and model type, for its own classes only: a class of ours would find none of the renamed ones.
     """
@@ -18,6 +26,4 @@ def renames_weights(host: str, config: Any) -> bool:
         mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping
     except (ImportError, AttributeError):
         return False
-    with torch.device("meta"):
-        model = getattr(transformers, host)(config)
     return bool(mapping(model, add_legacy=False))
