@@ -47,6 +47,42 @@ def convert(model_or_repo: Any, name: str, *, load: dict[str, Any] | None = None
     return run(model_or_repo, name, load=load, **options)
 
 
+def save_adapter(model: Any, folder: str | PathLike, **options: Any) -> None:
+    """Save the adapters of a PEFT model whose base was made by `hf_attn.convert`, with `hf_attn.json` beside them.
+
+    The file names the conversion, its options and the base (type, sizes, a fingerprint of its weights), and
+    `hf_attn_weights.safetensors` holds the new weights that the adapter does not train. `model.save_pretrained`,
+    `model.push_to_hub` and the Trainer write both too; this is for callers who want an error where they would not.
+
+    Args:
+        options: those of `PeftModel.save_pretrained`.
+
+    Raises TypeError for other objects, ValueError for a base that is no converted model.
+    """
+    from hf_attn.models.adapters import save_adapter as run
+
+    run(model, folder, **options)
+
+
+def load_adapter(base: Any, adapter: str | PathLike, *, load: dict[str, Any] | None = None, **options: Any) -> Any:
+    """Put an adapter of a converted model on its base; returns a PeftModel.
+
+    Args:
+        base: the plain model the conversion started from (it is converted as the adapter needs it) or the converted
+            one: a model, or a Hub id or folder.
+        adapter: folder or Hub id of the adapter; must have `hf_attn.json`.
+        load: arguments of `from_pretrained` for a base given by name (`dtype`, `device_map`, `quantization_config`).
+        options: those of `PeftModel.from_pretrained` (`is_trainable`, `adapter_name`, `revision`, ...).
+
+    Raises ValueError for a base of another architecture, size, conversion or with other weights, naming both, and for
+    an adapter without `hf_attn.json`. Warns when weights cannot be compared: quantised, or float16 against another
+    format.
+    """
+    from hf_attn.models.adapters import load_adapter as run
+
+    return run(base, adapter, load=load, **options)
+
+
 def remove(target: Any) -> Any:
     """Undo `apply`: everything as it was before. Returns `target`."""
     return _integration(target, "remove").remove(target)

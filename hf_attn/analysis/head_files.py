@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_attn.analysis.head_classes import HeadCalibration
+from hf_attn.integrations.hub.names import hub_id
 from hf_attn.mechanism import parse_config
 from hf_attn.mechanisms.lserve import classify_heads
 
@@ -155,17 +156,11 @@ def save_head_folder(
             config = copy.deepcopy(config)
             config.hf_attn = block
             # transformers writes where the model was loaded from; a folder of this machine means nothing elsewhere.
-            config._name_or_path = _hub_id(base_model) or ""
+            config._name_or_path = hub_id(base_model) or ""
             config.save_pretrained(partial)
         else:
             _save_weights(partial, *weights, block)
         _card(partial / "README.md", found, static_sparsity, base_model, license, weights is not None, metrics or {})
-
-
-def _hub_id(name: str | None) -> str | None:
-    """`name` when it can be a Hub id, None for paths of this machine."""
-    is_id = bool(name) and name.count("/") <= 1 and not name.endswith(".gguf") and not Path(name).exists()
-    return name if is_id else None
 
 
 def _save_weights(folder: Path, model: Any, tokenizer: Any, block: dict[str, Any]) -> None:
@@ -200,7 +195,7 @@ def _card(
 ) -> None:
     from hf_attn.integrations.hub.cards import write_card
 
-    hub_id = _hub_id(base_model)
+    repository = hub_id(base_model)
     retrieval = retrieval_heads(found, static_sparsity)
     kept = found.gates[retrieval & found.gates.isfinite()]
     data = {
@@ -208,7 +203,7 @@ def _card(
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["hf-attn", "lserve"],
-        "base_model": hub_id,
+        "base_model": repository,
         "hf_attn": {"mechanism": "lserve"},
     }
     scales = found.kv_scales is not None
@@ -216,11 +211,11 @@ def _card(
         file,
         "lserve_heads",
         data,
-        title=f"LServe heads of {hub_id or 'a causal language model'}",
-        base_text=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else "not on the Hub.",
+        title=f"LServe heads of {repository or 'a causal language model'}",
+        base_text=f"[{repository}](https://huggingface.co/{repository})" if repository else "not on the Hub.",
         heads=retrieval.numel(),
         streaming=int((~retrieval).sum()),
-        usage=_usage(hub_id, weights),
+        usage=_usage(repository, weights),
         value_name="attention mass" if found.method == "mass" else "gate",
         method=found.method,
         method_text=_METHODS[found.method],
@@ -236,14 +231,14 @@ def _card(
     )
 
 
-def _usage(hub_id: str | None, weights: bool) -> str:
+def _usage(repository: str | None, weights: bool) -> str:
     lines = ["import hf_attn"]
     if weights:
         return "\n".join(
             [*lines, "from transformers import AutoModelForCausalLM", "",
              'model = AutoModelForCausalLM.from_pretrained("this-repository")']
         )  # fmt: skip
-    base = hub_id or "the-base-model"
+    base = repository or "the-base-model"
     return "\n".join(
         [*lines, "from transformers import AutoConfig, AutoModelForCausalLM", "",
          'config = AutoConfig.from_pretrained("this-repository")',

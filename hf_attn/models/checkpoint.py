@@ -6,7 +6,12 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hf_attn.models import adapters
+
 THIN_MODULE = "modeling_hf_attn"
+
+# The first config of a family of ours is also the first moment at which an adapter of ours can exist.
+adapters.install()
 
 
 class ThinFileConfig:

@@ -18,13 +18,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 @dataclass(frozen=True)
 class Family:
-    """One model type: the module that has its classes (looked up when needed) and their names."""
+    """One model type: the module that has its classes (looked up when needed) and their names.
+
+    `heads` are further classes: pairs (Auto class, name), as in ("AutoModelForImageClassification", "MoHViTFor...").
+    """
 
     model_type: str
     module: str
     config: str
     model: str
-    causal_lm: str
+    causal_lm: str | None = None
+    heads: tuple[tuple[str, str], ...] = ()
+
+    def classes(self) -> list[tuple[str, str]]:
+        """Pairs (Auto class, name) of all model classes."""
+        causal_lm = [("AutoModelForCausalLM", self.causal_lm)] if self.causal_lm else []
+        return [("AutoModel", self.model), *causal_lm, *self.heads]
 
 
 class _Lazy(ModuleType):
@@ -41,13 +50,10 @@ class _Lazy(ModuleType):
 
 
 def register(family: Family) -> None:
-    """Teach AutoConfig, AutoModel and AutoModelForCausalLM a model type; harmless when repeated."""
+    """Teach AutoConfig and the Auto classes of a family's models its model type; harmless when repeated."""
     if family.model_type in CONFIG_MAPPING:
         return
-    mappings = [
-        (modeling_auto.MODEL_MAPPING, family.model),
-        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, family.causal_lm),
-    ]
+    mappings = [(getattr(modeling_auto, auto)._model_mapping, name) for auto, name in family.classes()]
     if not _has_name_tables(CONFIG_MAPPING, *(mapping for mapping, _ in mappings)):
         _register_classes(family)
         return
@@ -69,10 +75,8 @@ def _has_name_tables(configs: object, *mappings: object) -> bool:
 
 
 def _register_classes(family: Family) -> None:
-    from transformers import AutoModel, AutoModelForCausalLM
-
     module = importlib.import_module(family.module)
     config = getattr(module, family.config)
     AutoConfig.register(family.model_type, config)
-    AutoModel.register(config, getattr(module, family.model))
-    AutoModelForCausalLM.register(config, getattr(module, family.causal_lm))
+    for auto, name in family.classes():
+        getattr(modeling_auto, auto).register(config, getattr(module, name))

@@ -1,0 +1,62 @@
+"""Two methods of PeftModel also tell us: after an adapter was saved, and before one is loaded.
+
+Installed when the first converted model of a process comes into being, never by `import hf_attn` alone. Both act on
+adapters of converted models only.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_MARK = "_hf_attn_original"
+
+
+def install(after_save: Callable[[Any, Path, str], None], before_load: Callable[[Any, str, dict], None]) -> None:
+    """Call `after_save(peft_model, folder, adapter)` and `before_load(peft_model, adapter repository, options)`.
+
+    Harmless when repeated, and without PEFT.
+    """
+    if importlib.util.find_spec("peft") is None:
+        return
+    from peft import PeftModel
+
+    if hasattr(PeftModel.save_pretrained, _MARK):
+        return
+    save, load = PeftModel.save_pretrained, PeftModel.load_adapter
+
+    @functools.wraps(save)
+    def save_pretrained(self, save_directory, *arguments, **options):
+        result = save(self, save_directory, *arguments, **options)
+        if options.get("is_main_process", True):
+            for adapter in options.get("selected_adapters") or list(self.peft_config):
+                after_save(self, adapter_folder(save_directory, adapter), adapter)
+        return result
+
+    @functools.wraps(load)
+    def load_adapter(self, model_id, *arguments, **options):
+        before_load(self, os.fspath(model_id), options)
+        return load(self, model_id, *arguments, **options)
+
+    setattr(save_pretrained, _MARK, save)
+    setattr(load_adapter, _MARK, load)
+    PeftModel.save_pretrained, PeftModel.load_adapter = save_pretrained, load_adapter
+
+
+def uninstall() -> None:
+    """Take back `install`."""
+    from peft import PeftModel
+
+    for name in ("save_pretrained", "load_adapter"):
+        original = getattr(getattr(PeftModel, name), _MARK, None)
+        if original is not None:
+            setattr(PeftModel, name, original)
+
+
+def adapter_folder(folder: str | os.PathLike, adapter: str) -> Path:
+    """Where PEFT saves an adapter: the one called "default" in the folder itself, others below it."""
+    return Path(folder) if adapter == "default" else Path(folder) / adapter
