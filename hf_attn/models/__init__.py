@@ -5,6 +5,7 @@ from __future__ import annotations
 from hf_attn.integrations.transformers.auto import Family, register
 
 _MOBA = "hf_attn.models.moba"
+_UOE = "hf_attn.models.uoe"
 
 # What AutoModel and AutoModelForCausalLM find after `import hf_attn`; each module exports the three classes by name.
 FAMILIES = (
@@ -13,11 +14,15 @@ FAMILIES = (
     Family("moba_qwen3", _MOBA, "MobaQwen3Config", "MobaQwen3Model", "MobaQwen3ForCausalLM"),
     Family("moba_mistral", _MOBA, "MobaMistralConfig", "MobaMistralModel", "MobaMistralForCausalLM"),
     Family("moba_hybrid", "hf_attn.models.moba_hybrid", "MobaHybridConfig", "MobaHybridModel", "MobaHybridForCausalLM"),
+    Family("uoe_llama", _UOE, "UoeLlamaConfig", "UoeLlamaModel", "UoeLlamaForCausalLM"),
+    Family("uoe_qwen2", _UOE, "UoeQwen2Config", "UoeQwen2Model", "UoeQwen2ForCausalLM"),
+    Family("uoe_qwen3", _UOE, "UoeQwen3Config", "UoeQwen3Model", "UoeQwen3ForCausalLM"),
+    Family("uoe_mistral", _UOE, "UoeMistralConfig", "UoeMistralModel", "UoeMistralForCausalLM"),
     Family("tnl", "hf_attn.models.tnl", "TnlConfig", "TnlModel", "TnlForCausalLM"),
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).
-CONVERSIONS = {"moba": "hf_attn.models.moba.conversion"}
+CONVERSIONS = {"moba": "hf_attn.models.moba.conversion", "uoe": "hf_attn.models.uoe.conversion"}
 
 
 def install() -> None:
