@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 import hf_attn
+from hf_attn.integrations.transformers.cache import cache_argument
 from hf_attn.models.conversion import enable_checkpointing
-from hf_attn.models.uoe import UoeLlamaConfig, UoeLlamaForCausalLM, merge_to_dense, order_neurons
+from hf_attn.models.uoe import UoeCache, UoeLlamaConfig, UoeLlamaForCausalLM, merge_to_dense, order_neurons
 from hf_attn.models.uoe.conversion import balanced_clusters
 from hf_attn.nn.experts import balance_loss, gate_weights, pool_patches, route
 from tests.integrations.transformers.tiny import tokens
@@ -67,6 +68,39 @@ def test_decoding_equals_the_whole_sequence(model_type):
     static = StaticCache(config=model.config, max_cache_len=16)
     parts = [model(ids[:, a:b], **{name: static}).logits for a, b in ((0, 5), (5, 9), (9, 12))]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", HOSTS)
+@torch.no_grad()
+def test_a_cache_of_chosen_tokens(model_type):
+    """Same logits and tokens; it holds what the experts chose, survives crops, and refuses other models' steps."""
+    model, ids = converted(model_type, always_select_first=0), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = model(ids, attention_mask=mask, position_ids=positions).logits
+    cache, parts = UoeCache(model.config), []
+    name = cache_argument(model)
+
+    def step(start, stop):
+        given = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop], name: cache}
+        return model(ids[:, start:stop], **given).logits
+
+    for start, stop in ((0, 5), (5, 9), (9, 10), (10, 12)):
+        parts.append(step(start, stop))
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], rtol=1e-4, atol=1e-4)
+    stored = sum(layer.store.entries() for layer in cache.layers)
+    experts = model.config.num_key_value_heads
+    assert stored == model.config.num_hidden_layers * int(real.sum()) == 2 * int(real.sum()) and experts == 2
+    cache.crop(-3)
+    torch.testing.assert_close(step(9, 12)[real[:, 9:]], whole[:, 9:][real[:, 9:]], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="another batch"):
+        model(ids[:1, :1], **{name: cache})
+    arguments = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "num_beams": 2, "pad_token_id": 0}
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **arguments)
+    fresh = {name: UoeCache(model.config)}
+    assert torch.equal(model.generate(ids, attention_mask=mask, **fresh, **arguments), expected)
 
 
 @torch.no_grad()

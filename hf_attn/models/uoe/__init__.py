@@ -13,6 +13,10 @@ def __getattr__(name: str):
         from hf_attn.models.uoe import conversion
 
         return getattr(conversion, name)
+    if name == "UoeCache":
+        from hf_attn.integrations.transformers.selected import UoeCache
+
+        return UoeCache
     if name.startswith("Uoe"):
         from hf_attn.models.uoe import modeling_uoe
 

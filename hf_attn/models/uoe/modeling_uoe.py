@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -32,6 +32,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCau
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCausalLM, Qwen3MLP, Qwen3Model
 
 from hf_attn import ops
+from hf_attn.caches.selected import SelectedTokens
+from hf_attn.integrations.transformers.selected import SelectedLayer
 from hf_attn.models.key_convolution import neighbours
 from hf_attn.models.uoe.configuration_uoe import (
     UoeConfig,
@@ -95,26 +97,51 @@ class UoeAttention(_Gated):
         selected = routing.selected.transpose(1, 2)
         selected = selected.repeat_interleave(key.shape[1] // selected.shape[1], 1)
         past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-        marked = _mark(key, selected) if cache is not None or packed else None
-        if cache is not None:
-            stored, values = cache.update(marked, value, self.layer_idx)
-        weights = None
-        alone = not packed and isinstance(past, int) and past == 0 and not kwargs.get("output_attentions")
-        if alone and not torch.compiler.is_compiling():
-            out = ops.selective_attention(query, key, value, selected.contiguous(), causal=True, scale=self.scaling)
-            out = out.transpose(1, 2)
+        alone = isinstance(past, int) and past == 0 and not packed and not torch.compiler.is_compiling()
+        states, weights = (query, key, value, selected.contiguous()), None
+        if cache is not None and isinstance(cache.layers[self.layer_idx], SelectedLayer):
+            out = self._attend_chosen(cache.layers[self.layer_idx].store, *states, alone)
+        elif alone and not kwargs.get("output_attentions"):
+            if cache is not None:
+                cache.update(_mark(key, selected), value, self.layer_idx)
+            out = ops.selective_attention(*states, causal=True, scale=self.scaling).transpose(1, 2)
         else:
-            if marked is None:
-                marked = _mark(key, selected)
-            if cache is None:
-                stored, values = marked, value
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-            asking = query.new_full((*query.shape[:3], 1), 1 / self.scaling)
-            query = torch.cat([query, asking, query.new_zeros(*query.shape[:3], EXTRA - 1)], -1)
-            out, weights = attend(self, query, stored, values, attention_mask, scaling=self.scaling, **kwargs)
+            out, weights = self._attend_marked(cache, *states, attention_mask, **kwargs)
         factors = factors.repeat_interleave(out.shape[2] // factors.shape[-1], -1)[..., None]
         out = torch.where(factors == 0, 0, out * factors.to(out.dtype))
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+    def _attend_chosen(
+        self, store: SelectedTokens, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, alone: bool
+    ) -> Tensor:
+        """Over lists of chosen tokens, `[B, N, Hq, D]`."""
+        store.append(key, value, selected)
+        if alone:
+            return ops.selective_attention(query, key, value, selected, causal=True, scale=self.scaling).transpose(1, 2)
+        keys, values, seen = store.read(query.shape[2])
+        group = query.shape[1] // key.shape[1]
+        keys, values, seen = (t.repeat_interleave(group, 1) for t in (keys, values, seen))
+        out = scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=self.scaling)
+        return out.transpose(1, 2)
+
+    def _attend_marked(
+        self,
+        cache: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        selected: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Over marked keys, by the host's attention: `[B, N, Hq, D]`, and weights where it gives them."""
+        key = _mark(key, selected)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        asking = query.new_full((*query.shape[:3], 1), 1 / self.scaling)
+        query = torch.cat([query, asking, query.new_zeros(*query.shape[:3], EXTRA - 1)], -1)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
 
 
 def _mark(key: Tensor, selected: Tensor) -> Tensor:
@@ -247,7 +274,7 @@ class UoeForCausalLM:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        host = super(UoeForCausalLM, cls).forward
+        host = super().forward
 
         # With the host's signature: generation and the Trainer read the names of arguments from it.
         @functools.wraps(host)
