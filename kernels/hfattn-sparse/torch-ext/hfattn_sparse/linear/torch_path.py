@@ -8,6 +8,7 @@ as much as the products; the backward keeps one state a strip and computes the o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn.functional import threshold_
 
 # Tokens (rows times length) whose products are formed at a time: larger strips leave the L2 cache.
 STRIP_TOKENS = 1024
+_KEPT = threading.local()
 
 
 class _Strip(NamedTuple):
@@ -58,7 +60,7 @@ def forward(
         _times(scores, d.inside, scores)
         part = work.target("out", out, strip)
         torch.bmm(scores, v, out=part)
-        early = _times(q, d.before, work("early", *q.shape))
+        early = _times(q, d.before, work("decayed", *q.shape))
         torch.baddbmm(part, early, _folded(states[:, :-1]), out=part)
         if scale != 1:
             part.mul_(scale)
@@ -147,11 +149,16 @@ def step(
 
 
 class _Buffers:
-    """Scratch memory by name, as large as the largest use, and the tensors of the call cut into strips."""
+    """Scratch memory by name, as large as the largest use, and the tensors of the call cut into strips.
+
+    A thread keeps its buffers on the CPU, a few MB: fresh pages take as long as a strip's products.
+    """
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
         self._flat: dict[str, Tensor] = {}
+        if like.device.type == "cpu":
+            self._flat = _KEPT.__dict__.setdefault(str(like.dtype), {})
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         size = 1
@@ -159,7 +166,9 @@ class _Buffers:
             size *= n
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
-            flat = self._flat[name] = self._like.new_empty(size)
+            # A tensor made under inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                flat = self._flat[name] = torch.empty(size, dtype=self._like.dtype, device=self._like.device)
         return flat[:size].view(shape)
 
     def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
@@ -242,7 +251,7 @@ def _strips(rows: int, length: int, block: int) -> Iterator[_Strip]:
 
 def _states(work: _Buffers, strip: _Strip, d: _Decays, running: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The state at every border of a strip's blocks, `[rows, blocks + 1, D, E]`; the first is `running`'s."""
-    added = work.product("added", _times(key, d.after, work("late", *key.shape)).mT, value)
+    added = work.product("added", _times(key, d.after, work("decayed", *key.shape)).mT, value)
     first = running[strip.rows]
     return _carry(work("states", first.shape[0], strip.blocks + 1, *first.shape[1:]), d.carry, first, added)
 

@@ -1,0 +1,90 @@
+"""Linear attention against causal SDPA: `python -m hf_attn.bench.linear_speed`."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hf_attn import ops
+from hf_attn.nn.decay import base_slopes
+
+
+def measure(length: int, heads: int, dim: int, block: int, repeats: int) -> dict[str, float]:
+    """Milliseconds (medians) of both and the median ratio of interleaved rounds, forward and with backward."""
+    query, key, value, grad = (torch.randn(1, heads, length, dim) for _ in range(4))
+    slopes = base_slopes(heads)
+    leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+
+    def linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.linear_attention(q, k, v, slopes, block_size=block)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def training(run: Callable[..., Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(run(*leaves), leaves, grad)
+
+    rounds = []
+    for _ in range(repeats + 1):
+        with torch.no_grad():
+            row = [_seconds(lambda: dense(query, key, value)), _seconds(lambda: linear(query, key, value))]
+        rounds.append([*row, _seconds(training(dense)), _seconds(training(linear))])
+    rounds = rounds[1:]  # the first one warms up
+    result = {
+        name: 1e3 * statistics.median(column)
+        for name, column in zip(
+            ("dense", "linear", "dense_backward", "linear_backward"), zip(*rounds, strict=True), strict=True
+        )
+    }
+    result["forward"] = statistics.median(r[0] / r[1] for r in rounds)
+    result["backward"] = statistics.median(r[2] / r[3] for r in rounds)
+    return result
+
+
+def growth(heads: int, dim: int, short: int = 2048, long: int = 32768, repeats: int = 7) -> float:
+    """Time at `long` tokens over time at `short` ones, forward; linear is `long / short`."""
+    slopes = base_slopes(heads)
+    times: dict[int, list[float]] = {short: [], long: []}
+    inputs = {n: [torch.randn(1, heads, n, dim) for _ in range(3)] for n in times}
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            for length, found in times.items():
+                found.append(_seconds(lambda n=length: ops.linear_attention(*inputs[n], slopes)))
+    return statistics.median(times[long][1:]) / statistics.median(times[short][1:])
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--heads", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print("| heads | SDPA ms | linear ms | forward | SDPA fwd+bwd ms | linear ms | fwd+bwd | 32k / 2k |")
+    print("|---|---|---|---|---|---|---|---|")
+    for heads in arguments.heads:
+        row = measure(arguments.length, heads, arguments.dim, arguments.block, arguments.repeats)
+        print(
+            f"| {heads} | {row['dense']:.1f} | {row['linear']:.2f} | {row['forward']:.2f}x | "
+            f"{row['dense_backward']:.1f} | {row['linear_backward']:.2f} | {row['backward']:.2f}x | "
+            f"{growth(heads, arguments.dim):.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
