@@ -25,7 +25,7 @@ DEFAULT_DENSITY = 0.25
 TARGETS = (8, 48, 72)
 FEWEST_READ = 2
 # Tokens a block should hold at least. Smaller blocks choose more finely, but gathering queries for them costs more.
-BLOCK_TOKENS = 128
+BLOCK_TOKENS = 256
 
 
 @dataclass

@@ -51,7 +51,7 @@ def _by_share(similarity: Tensor, owned: Tensor, tau: float) -> Tensor:
     target = float((tau * total - covered).clamp(min=0))
     bins = _bins(similarity, owned, 0.0, 1.0)
     number = torch.bincount(bins, minlength=BINS + 1)[:BINS].flip(0).cumsum(0)
-    share = torch.bincount(bins, similarity, minlength=BINS + 1)[:BINS].flip(0).cumsum(0)
+    share = torch.bincount(bins, similarity.double(), minlength=BINS + 1)[:BINS].flip(0).cumsum(0)
     reached = (share >= target) & (number > 0)
     if not bool(reached.any()):
         return torch.ones_like(owned)
