@@ -126,7 +126,7 @@ def attend(call: AttentionCall, config: VMoBAConfig) -> Tensor:
         return routed_block_attention(query, key, value, routes, **options)
     seen = routed_block_attention(query, key, value, routes, return_lse=True, **options)
     out = _merge(seen, _read_text(call, query), call.value.dtype)
-    read = dense_attention(_text_queries(call))
+    read = _text_attention(call)
     before, after = read.split([grid.text_before, grid.text_after], 2)
     return torch.cat([before, out, after], 2)
 
@@ -172,11 +172,15 @@ def _lattice(grid: TokenGrid) -> TokenGrid:
 @cache
 def _suggested(lattice: TokenGrid, density: float | None) -> tuple[Block, Block, Block]:
     """Blocks for a lattice; warns once where a partition has to be replaced."""
-    fewest = math.ceil(FEWEST_READ / density - 1e-9) if density else 1
-    targets = tuple(max(target, fewest) for target in TARGETS)
+    fewest = FEWEST_READ / density if density else 1
+    targets = [max(target, math.ceil(fewest)) for target in TARGETS]
     # Short sequences (tests, small images) would have no choice among blocks of the usual size.
-    size = min(BLOCK_TOKENS, max(lattice.tokens // max(targets), 1))
-    found = suggest_blocks(lattice, targets=targets, min_tokens=max(size, 1))
+    size = max(min(BLOCK_TOKENS, lattice.tokens // max(targets)), 1)
+    found = suggest_blocks(lattice, targets=tuple(targets), min_tokens=size)
+    while any(count < 0.75 * min(fewest, lattice.tokens) for count in found.counts):
+        targets = [t * (1 + (c < 0.75 * fewest)) for t, c in zip(targets, found.counts, strict=True)]
+        size = max(min(size, lattice.tokens // max(targets)), 1)
+        found = suggest_blocks(lattice, targets=tuple(targets), min_tokens=size)
     for note in found.notes:
         warnings.warn(f"hf_attn: vmoba: {note}", stacklevel=2)
     return found.blocks
@@ -228,20 +232,26 @@ def _read_text(call: AttentionCall, query: Tensor) -> tuple[Tensor, Tensor]:
     if index is not None:
         keys = _text_rows(grid, index[..., call.q_len :], 2)
         tokens = replace(tokens, index=torch.cat([index[..., grid.lattice], keys], 2))
-    routes = torch.ones(*query.shape[:3], 1, dtype=torch.bool, device=query.device)
-    return routed_block_attention(
-        query, key, value, routes, block_size=grid.text, causal=False, scale=call.scale, return_lse=True, tokens=tokens
-    )
+    return _read_all(call, query, key, value, tokens)
 
 
-def _text_queries(call: AttentionCall) -> AttentionCall:
+def _text_attention(call: AttentionCall) -> Tensor:
     """The text's own attention over everything."""
-    grid, tokens = call.tokens.grid, TokenLayout.full(call.tokens.batch, call.tokens.grid.text, call.k_len)
-    index = call.tokens.index
+    grid, query = call.tokens.grid, _text_rows(call.tokens.grid, call.query, 2)
+    tokens, index = TokenLayout.full(query.shape[0], grid.text, call.k_len), call.tokens.index
     if index is not None:
         queries = _text_rows(grid, index[..., : call.q_len], 2)
         tokens = replace(tokens, index=torch.cat([queries, index[..., call.q_len :]], 2))
-    return replace(call, query=_text_rows(grid, call.query, 2), tokens=tokens)
+    return _read_all(call, query, call.key, call.value, tokens)[0]
+
+
+def _read_all(
+    call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, tokens: TokenLayout
+) -> tuple[Tensor, Tensor]:
+    """Plain attention and its lse; what is not real is not read, whatever it holds."""
+    routes = torch.ones(*query.shape[:3], 1, dtype=torch.bool, device=query.device)
+    options = {"block_size": key.shape[2], "causal": False, "scale": call.scale, "return_lse": True}
+    return routed_block_attention(query, key, value, routes, tokens=tokens, **options)
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
