@@ -208,14 +208,16 @@ def _top_k(grid: TokenGrid, parts: Partition, config: VMoBAConfig, pattern: str)
 def _pairs(call: AttentionCall, routes: Tensor, parts: Partition) -> dict[str, Tensor | float]:
     """(query, key) pairs computed and visible, over batch rows and heads; padded text is neither."""
     grid, (batch, heads) = call.tokens.grid, call.query.shape[:2]
-    reads = routes.sum((0, 1, 2)).double() * parts.block_tokens
+    # Not a sum along dimensions: of bool tensors that is slow.
+    reads = torch.count_nonzero(routes).double() * parts.block_tokens
     missing = parts.num_blocks * parts.block_tokens - parts.tokens
-    reads[-1] *= 1 - missing / parts.block_tokens
+    if missing:
+        reads -= torch.count_nonzero(routes[..., -1]) * missing
     real = call.tokens.real_keys()
     text = grid.text * batch if real is None else real.sum() - grid.tokens * batch
     squared = grid.text**2 * batch if real is None else (real.sum(1) - grid.tokens).square().sum()
     beside = (2 * text * grid.tokens + squared) * heads
-    return {"computed": reads.sum() + beside, "visible": batch * heads * grid.tokens**2 + beside}
+    return {"computed": reads + beside, "visible": batch * heads * grid.tokens**2 + beside}
 
 
 def _text_rows(grid: TokenGrid, x: Tensor, dim: int) -> Tensor:

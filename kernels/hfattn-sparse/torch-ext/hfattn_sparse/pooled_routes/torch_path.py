@@ -93,21 +93,23 @@ def _best_of_queries(scores: Tensor, own: Tensor, amount: float) -> Tensor:
     """Every query's own block and the best others, bool `[B, H, n, N]`."""
     batch, heads, blocks, queries = scores.shape
     counts = reference.top_counts((1, 1, blocks, queries), "query_head", amount, own.device)
-    columns = torch.arange(queries, device=own.device)
-    scores[:, :, own, columns] = torch.inf
+    scores[:, :, own, torch.arange(queries, device=own.device)] = torch.inf
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     work = Workspace(scores.device)
     padded = -(-blocks // GROUP_MULTIPLE) * GROUP_MULTIPLE
-    for count in {int(counts.amin()), int(counts.amax())}:
-        where = (counts == count).nonzero().view(-1)
-        everywhere = where.numel() == queries
-        table = work.take("table", (padded, where.numel()), scores.dtype)
-        table[: padded - blocks] = -torch.inf
-        for b in range(batch):
-            for h in range(heads):
-                # The last of equal rows wins there, the first is to win here.
-                rows = scores[b, h].flip(0)
-                table[padded - blocks :] = rows if everywhere else rows.index_select(1, where)
-                best = padded - 1 - top_rows(table, count, work)
-                chosen[b, h].index_put_((best, where.expand_as(best)), torch.ones((), dtype=torch.bool))
+    table = scores.new_full((padded, queries), -torch.inf)
+    backwards = torch.arange(blocks - 1, -1, -1, device=scores.device)
+    most = int(counts.amax())
+    fewer = counts < most
+    uneven = bool(fewer.any())
+    for b in range(batch):
+        for h in range(heads):
+            # The last of equal rows wins there, the first is to win here.
+            torch.index_select(scores[b, h], 0, backwards, out=table[padded - blocks :])
+            best = padded - 1 - top_rows(table, most, work)
+            mask = chosen[b, h].scatter_(0, best, True)
+            if uneven:  # these queries give their worst block back, the last of equal ones
+                values = scores[b, h].gather(0, best)
+                worst = torch.where(values == values.amin(0), best, -1).amax(0, keepdim=True)
+                mask.scatter_(0, worst, mask.gather(0, worst) & ~fewer)
     return chosen

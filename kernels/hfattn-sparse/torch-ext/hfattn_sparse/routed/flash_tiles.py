@@ -145,11 +145,12 @@ def _heads(
 ) -> Iterator[tuple[int, int, int, torch.Tensor, list[int]]]:
     """Yield (batch, head, key head, rows int64 by block, n + 1 bounds of the blocks' segments)."""
     mask = mask_of(routes, shape.num_blocks)
+    numbers = torch.arange(shape.num_blocks + 1)
     for b in range(mask.shape[0]):
         for h in range(mask.shape[1]):
-            by_block = mask[b, h].T.contiguous()  # [n, Nq]
-            counts = by_block.sum(1)
-            yield b, h, h // group, by_block.nonzero()[:, 1].contiguous(), [0, *counts.cumsum(0).tolist()]
+            # [pairs] each, by block; much faster than sums of a bool tensor, which are taken in int64.
+            block, row = mask[b, h].T.contiguous().nonzero().T.contiguous()
+            yield b, h, h // group, row, torch.searchsorted(block, numbers).tolist()
 
 
 def _contiguous(tensor: torch.Tensor, name: str, work: Workspace) -> torch.Tensor:
