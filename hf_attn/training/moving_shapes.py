@@ -144,7 +144,7 @@ def train(
         steps: optimizer steps, >= 1; step s draws its batch from `seed` and s alone.
         warmup: steps over which the learning rate rises.
         size: `frames`, `height`, `width` of `moving_shapes`.
-        folder: where a checkpoint is written every `save_every` steps, and read if there is one.
+        folder: where a checkpoint is written every `save_every` steps and at the end, and read if there is one.
         report: called with the number and the loss of every step.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size), ("save_every", save_every)):
@@ -162,7 +162,7 @@ def train(
         optimizer.step()
         losses.append(loss.item())
         report(step, losses[-1])
-        if folder is not None and (step + 1) % save_every == 0:
+        if folder is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
             _save(folder, parameters, optimizer, losses)
     model.eval()
     return losses

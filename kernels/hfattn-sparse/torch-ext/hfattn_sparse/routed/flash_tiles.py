@@ -57,12 +57,13 @@ class _Head:
         self.listed, self.bounds, self.shape = listed, bounds, shape
         self.scale, self.bounded, self.work = scale, bounded, work
 
-    def tiles(self) -> Iterator[tuple[torch.Tensor, slice]]:
-        """Rows int64 of every block that is read by any, and the block's keys."""
+    def tiles(self) -> Iterator[tuple[slice, torch.Tensor, slice]]:
+        """Place in the list, rows int64 and keys of every block that is read by any."""
         size = self.shape.block_size
         for block, (start, end) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
             if end > start:
-                yield self.listed[start:end], slice(block * size, min((block + 1) * size, self.shape.k_len))
+                place = slice(start, end)
+                yield place, self.listed[place], slice(block * size, min((block + 1) * size, self.shape.k_len))
 
     def forward(self, query, key, value, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Fill out [N, Dv] and lse [N] of this head."""
@@ -70,27 +71,31 @@ class _Head:
         self.acc = (out if direct else self.work.take("acc", tuple(out.shape), lse.dtype)).zero_()
         self.total = torch.zeros_like(lse)
         self.reference = torch.full_like(lse, 0.0 if self.bounded else -torch.inf)
-        for rows, keys in self.tiles():
+        weights = self.work.take("weights", tuple(self.listed.shape), lse.dtype)
+        for place, rows, keys in self.tiles():
             picked = _picked(query, rows, "rows", self.work)
             part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 picked[None, None], key[None, None, keys], value[None, None, keys], 0.0, False, scale=self.scale
             )
-            self._add(rows, part[0, 0], sums[0, 0].to(lse.dtype))
+            self._add(rows, part[0, 0], sums[0, 0].to(lse.dtype), weights[place])
+        if self.bounded:
+            self.total.index_add_(0, self.listed, weights)
         self.acc.div_(self.total.masked_fill(self.total == 0, 1.0)[:, None])
         if not direct:
             out.copy_(self.acc)
         torch.log(self.total, out=lse)
         lse.add_(self.reference)
 
-    def _add(self, rows: torch.Tensor, part: torch.Tensor, sums: torch.Tensor) -> None:
-        """Add results [c, Dv] with log-sums [c] to their rows."""
+    def _add(self, rows: torch.Tensor, part: torch.Tensor, sums: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add results [c, Dv] with log-sums [c] to their rows, and leave their weights [c] behind."""
         if not self.bounded:
             self._raise_references(rows, sums)
             sums = sums - self.reference.index_select(0, rows)
-        weight = sums.exp()
+        torch.exp(sums, out=weight)
         part = part.mul_(weight[:, None]) if part.dtype == weight.dtype else part * weight[:, None]
         self.acc.index_add_(0, rows, part)
-        self.total.index_add_(0, rows, weight)
+        if not self.bounded:  # the next tile may rescale it
+            self.total.index_add_(0, rows, weight)
 
     def _raise_references(self, rows: torch.Tensor, sums: torch.Tensor) -> None:
         """Rows whose log-sum is far above their reference (or that have none) take it; what they have is rescaled."""
@@ -121,7 +126,7 @@ def backward(
         if h % group == 0:
             sums[1].zero_()
             sums[2].zero_()
-        for rows, keys in head.tiles():
+        for _, rows, keys in head.tiles():
             picked, grad, result = (_picked(rows_of[i], rows, names[i] + " rows", work) for i in (0, 3, 4))
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad[None, None], picked[None, None], rows_of[1][None, None, keys], rows_of[2][None, None, keys],
