@@ -118,6 +118,22 @@ def test_lse_has_gradients_and_int_routes_agree():
     assert torch.autograd.gradcheck(both, leaves)
 
 
+def test_custom_ops_and_empty_calls():
+    from hf_attn.ops.hfattn_sparse.pooled_routes import op
+    from hf_attn.ops.hfattn_sparse.routed import op as routed
+
+    query, key, value = (random(1, 2, 12, 4, seed=i) for i in range(3))
+    own = torch.arange(12) // 4
+    for rule, scope, amount in (("top_k", "query_head", 1.5), ("threshold", "head_global", 0.5)):
+        torch.library.opcheck(op.select_pooled_routes, (query, key, own, 4, rule, scope, amount))
+    routes = ops.select_pooled_routes(query, key, own, block_size=4, top_k=2)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    torch.library.opcheck(routed.routed_block_attention, (*leaves, routes, None, 4, False, 0.5, True))
+    for scope in SCOPES:
+        none = ops.select_pooled_routes(query[:, :, :0], key, own[:0], block_size=4, scope=scope, tau=0.5)
+        assert none.shape == (1, 2, 0, 3)
+
+
 def test_bad_calls():
     x = torch.zeros(1, 2, 12, 4)
     own = torch.zeros(12, dtype=torch.long)

@@ -30,7 +30,8 @@ def select(scores: Tensor, own: Tensor, *, rule: str, scope: str, amount: float)
         scores: `[B, H, n, N]`; own: int64 `[N]`, the block of every query.
         rule, scope, amount: as `ops.select_pooled_routes` has them.
     """
-    if (rule == "threshold" and amount >= 1) or (rule == "top_k" and amount >= scores.shape[2]):
+    everything = (rule == "threshold" and amount >= 1) or (rule == "top_k" and amount >= scores.shape[2])
+    if everything or not scores.numel():
         return torch.ones_like(scores, dtype=torch.bool)
     mine = own_pairs(own, scores)
     values, owned = to_pools(scores, scope), to_pools(mine, scope)
