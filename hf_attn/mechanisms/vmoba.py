@@ -24,8 +24,10 @@ DEFAULT_DENSITY = 0.25
 # Blocks wanted of each partition; small densities want more, so that a query reads others than its own.
 TARGETS = (8, 48, 72)
 FEWEST_READ = 2
-# Tokens a block should hold at least. Smaller blocks choose more finely, but gathering queries for them costs more.
+# Tokens a block should hold at least: smaller blocks choose more finely, but gathering queries for them costs more.
 BLOCK_TOKENS = 256
+# Short sequences (tests, small images) get smaller blocks, to have so many to choose from.
+CHOICE = 32
 
 
 @dataclass
@@ -174,8 +176,7 @@ def _suggested(lattice: TokenGrid, density: float | None) -> tuple[Block, Block,
     """Blocks for a lattice; warns once where a partition has to be replaced."""
     fewest = FEWEST_READ / density if density else 1
     targets = [max(target, math.ceil(fewest)) for target in TARGETS]
-    # Short sequences (tests, small images) would have no choice among blocks of the usual size.
-    size = max(min(BLOCK_TOKENS, lattice.tokens // max(targets)), 1)
+    size = max(min(BLOCK_TOKENS, lattice.tokens // max(CHOICE, math.ceil(fewest))), 1)
     found = suggest_blocks(lattice, targets=tuple(targets), min_tokens=size)
     while any(count < 0.75 * min(fewest, lattice.tokens) for count in found.counts):
         targets = [t * (1 + (c < 0.75 * fewest)) for t, c in zip(targets, found.counts, strict=True)]
