@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "models": EVERYTHING,
     "training": EVERYTHING,
     "analysis": EVERYTHING,
-    "bench": EVERYTHING | {"analysis"},
+    "bench": EVERYTHING | {"analysis", "training"},
 }
 HOSTS = {"transformers", "diffusers", "peft", "accelerate", "huggingface_hub", "kernels", "typer", "rich"}
 MAY_USE_HOSTS = {"integrations", "models", "training", "analysis", "bench", "cli", "front", "__init__"}

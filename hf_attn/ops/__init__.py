@@ -18,6 +18,7 @@ from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  #
 from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
 from hf_attn.ops.linear import linear_attention  # noqa: E402
 from hf_attn.ops.paged import page_scores, page_statistics, paged_attention, select_pages  # noqa: E402
+from hf_attn.ops.pooled_routes import block_scores, select_pooled_routes  # noqa: E402
 from hf_attn.ops.pyramid import (  # noqa: E402
     antidiagonal_importance,
     assign_levels,
@@ -35,6 +36,7 @@ from hf_attn.ops.windowed import gated_streaming_attention, sink_window_attentio
 __all__ = [
     "antidiagonal_importance",
     "assign_levels",
+    "block_scores",
     "block_sparse_attention",
     "choose_path",
     "dense_attention",
@@ -53,6 +55,7 @@ __all__ = [
     "select_blocks",
     "sampled_importance",
     "select_levels",
+    "select_pooled_routes",
     "select_routes",
     "similarity_cap",
     "select_pages",

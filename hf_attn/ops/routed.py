@@ -79,7 +79,8 @@ def routed_block_attention(
         query: `[B, Hq, Nq, D]`.
         key, value: `[B, Hkv, Nk, D]`, `[B, Hkv, Nk, Dv]`; `Hq % Hkv == 0`, `Dv` may differ from `D`.
         routes: int `[B, Hq, Nq, k]`, block ids inside the query's sequence in any order, -1 padded; a repeated id
-            counts once, an id beyond the last block is ignored.
+            counts once, an id beyond the last block is ignored. Or bool `[B, Hq, Nq, ceil(Nk / block_size)]`: whether a
+            query reads a block, for numbers of blocks that differ from query to query.
         block_size: keys per block, >= 1.
         causal: query row r sees keys up to `r + Nk - Nq` inside its blocks.
         scale: factor on the scores, default `D ** -0.5`.
@@ -101,14 +102,22 @@ def routed_block_attention(
     require_int("block_size", block_size, 1)
     if routes.dim() != 4 or routes.shape[:3] != query.shape[:3] or routes.is_floating_point():
         raise ValueError(
-            f"routes must be an integer tensor [{', '.join(map(str, query.shape[:3]))}, k], got {tuple(routes.shape)} "
-            f"{routes.dtype}"
+            f"routes must be an integer tensor [{', '.join(map(str, query.shape[:3]))}, k], or bool, got "
+            f"{tuple(routes.shape)} {routes.dtype}"
         )
+    blocks = -(-key.shape[2] // block_size)
+    if routes.dtype == torch.bool and routes.shape[3] != blocks:
+        raise ValueError(f"bool routes must have one column for each of the {blocks} blocks, got {routes.shape[3]}")
     index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    if path == "triton" and routes.dtype == torch.bool:
+        from hf_attn.ops.hfattn_sparse.routed.flash_tiles import routes_of
+
+        routes = routes_of(routes)
     if checks_enabled():
         _check_index(index, query, key, causal)
-        _check_routes(routes, index, key.shape[2], block_size, causal)
+        if routes.dtype != torch.bool:
+            _check_routes(routes, index, key.shape[2], block_size, causal)
 
     from hf_attn.ops.hfattn_sparse.routed import op, triton_op
 

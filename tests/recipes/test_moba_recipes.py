@@ -77,7 +77,7 @@ def test_convert(tmp_path, monkeypatch):
 
 def test_every_option_is_commented():
     """In config.yaml every top-level option and every leaf has a comment, or a group comment above it."""
-    for recipe in ("moba_pretrain", "moba_convert"):
+    for recipe in ("moba_pretrain", "moba_convert", "vmoba_finetune"):
         text = (RECIPES / recipe / "config.yaml").read_text()
         for option in yaml.safe_load(text):
             line = next(line for line in text.splitlines() if line.startswith(f"{option}:"))

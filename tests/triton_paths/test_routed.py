@@ -286,3 +286,19 @@ def test_too_many_pairs_for_one_call():
     routes = torch.empty(1, 1, 1 << 26, 64, device="meta", dtype=torch.int32)
     with pytest.raises(ValueError, match="routes have 67108864 x 64 entries per head"), launch.recording("sm_90"):
         triton_path.forward(query, key, key, routes, None, 128, True, 1.0)
+
+
+def test_bool_routes(monkeypatch):
+    """A different number of blocks for every query, some of none."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = (torch.randn(1, 2, 40, 16, generator=generator) for _ in range(4))
+    routes = torch.rand(1, 2, 40, 5, generator=generator) > 0.5
+    routes[:, :, :3] = False
+    found = {}
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("HF_ATTN_BACKEND", backend)
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        out = ops.routed_block_attention(*leaves, routes, block_size=8, causal=False)
+        found[backend] = [out.detach(), *torch.autograd.grad((out * grad).sum(), leaves)]
+    for got, want in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)

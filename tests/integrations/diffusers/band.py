@@ -49,12 +49,12 @@ def attend(call: AttentionCall, config: BandConfig) -> Tensor:
     return order.undo(block_sparse_attention(*moved, pattern, scale=call.scale, key_bias=bias))
 
 
-def attended(call: AttentionCall, config: BandConfig) -> Tensor:
-    """The (query, key) pairs that `attend` reads, bool `[B | 1, 1, S, S]`."""
+def attended(call: AttentionCall, config: BandConfig, rows: Tensor) -> Tensor:
+    """The keys that `attend` reads for some query rows, bool `[B | 1, 1, R, S]`."""
     order = hilbert_permutation(call.tokens.grid, text="last")
     mask = order.undo(order.undo(band_pattern(call, config).to_token_mask(), 2), 3)
     real = call.tokens.real_keys()
-    return mask if real is None else mask & real[:, None, None]
+    return (mask if real is None else mask & real[:, None, None])[:, :, rows]
 
 
 BAND = Mechanism(
@@ -63,6 +63,7 @@ BAND = Mechanism(
     source="a test",
     config=BandConfig,
     attend=attend,
+    attended=attended,
     capabilities=Capabilities(diffusers=True),
 )
 

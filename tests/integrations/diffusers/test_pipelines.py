@@ -8,19 +8,23 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_attn
-from hf_attn.mechanism import observe
-from tests.integrations.diffusers.band import SMALL, attended
+from hf_attn.mechanism import get_mechanism, observe
+from tests.integrations.diffusers.band import SMALL
 from tests.integrations.diffusers.tiny import PIPELINES, build, close
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+# Mechanisms whose sparse run is exactly attention under a mask, with small options.
+MECHANISMS = {"band": SMALL, "vmoba": {"min_tokens": 0, "dense_steps": 0}}
 
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
 @pytest.mark.parametrize("name", PIPELINES)
-def test_density_one_is_stock_and_every_layer_step_and_branch_is_seen_once(name):
+def test_density_one_is_stock_and_every_layer_step_and_branch_is_seen_once(name, mechanism):
     tiny = build(name)
     stock = tiny.run()
     assert torch.isfinite(stock).all()
-    assert hf_attn.apply(tiny.target, "band", density=1.0, **SMALL) is tiny.target
+    assert hf_attn.apply(tiny.target, mechanism, density=1.0, **MECHANISMS[mechanism]) is tiny.target
     assert close(tiny.run(), stock)
     found = hf_attn.stats(tiny.target)
     totals = found["totals"]
@@ -35,11 +39,12 @@ def test_density_one_is_stock_and_every_layer_step_and_branch_is_seen_once(name)
             assert set(branches.values()) == {tiny.samples}
 
 
+@pytest.mark.parametrize("applied", MECHANISMS)
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_sparse_run_equals_masked_attention_in_fp64_on_the_captured_tensors(name):
+def test_a_sparse_run_equals_masked_attention_in_fp64_on_the_captured_tensors(name, applied):
     tiny = build(name)
     seen = []
-    hf_attn.apply(tiny.target, "band", density=0.3, **SMALL)
+    hf_attn.apply(tiny.target, applied, density=0.3, **MECHANISMS[applied])
     with observe(lambda mechanism, call, config: seen.append((call, config))):
         tiny.run()
     assert len(seen) == tiny.calls
@@ -50,13 +55,13 @@ def test_a_sparse_run_equals_masked_attention_in_fp64_on_the_captured_tensors(na
         assert grid.length == call.q_len
         if name not in ("mochi", "sd3"):  # padding removed, image-only attention
             assert grid.text == tiny.text
-        mask = attended(call, config)
+        mask = get_mechanism(applied).attended(call, config, torch.arange(call.q_len))
         expected = scaled_dot_product_attention(
             call.query.double(), call.key.double(), call.value.double(), attn_mask=mask, scale=call.scale
         )
         real = call.tokens.real_keys()
         rows = slice(None) if real is None else real[0]
-        got = hf_attn.mechanism.get_mechanism("band").attend(call, config).double()
+        got = get_mechanism(applied).attend(call, config).double()
         error = (got - expected)[:, :, rows].abs().max()
         assert error <= 1e-5 * call.value.abs().max()
     densities = [layer["density"] for layer in hf_attn.stats(tiny.target)["layers"].values()]

@@ -69,7 +69,8 @@ def routed_block_attention(
 
     Args:
         query, key, value: `[B, Hq, Nq, D]`, `[B, Hkv, Nk, D]`, `[B, Hkv, Nk, Dv]`.
-        routes: int `[B, Hq, Nq, k]`, block ids of each query's sequence, -1 padded; ids beyond its blocks are ignored.
+        routes: int `[B, Hq, Nq, k]`, block ids of each query's sequence, -1 padded, ids beyond its blocks are ignored;
+            or bool `[B, Hq, Nq, n]`.
         index: token index int32 `[B, 2, Nq + Nk]` (see `sequences.split_sequences`) or None.
         allow_dense: let the torch path compute a nearly dense selection in a dense form, where that is faster.
     """
@@ -163,6 +164,8 @@ def _over_sequences(core, query, key, value, routes, index, options) -> tuple[Te
 def _existing(routes: Tensor, key: Tensor, block_size: int) -> Tensor:
     """The routes without block ids that this sequence does not have."""
     num_blocks = -(-key.shape[2] // block_size)
+    if routes.dtype == torch.bool:
+        return routes[..., :num_blocks]
     if routes.numel() == 0 or int(routes.max()) < num_blocks:
         return routes
     return torch.where(routes < num_blocks, routes, -1)

@@ -15,7 +15,8 @@ def forward(
 
     Args:
         query, key, value: `[B, Hq, Nq, D]`, `[B, Hkv, Nk, D]`, `[B, Hkv, Nk, Dv]`.
-        routes: int `[B, Hq, Nq, k]`, block ids in any order, -1 padded; a repeated id counts once.
+        routes: int `[B, Hq, Nq, k]`, block ids in any order, -1 padded; a repeated id counts once. Or bool
+            `[B, Hq, Nq, n]`: whether a query reads a block.
         causal: query row r sees keys up to `r + Nk - Nq`.
 
     Returns:
@@ -30,6 +31,8 @@ def forward(
 def route_mask(routes: Tensor, k_len: int, block_size: int) -> Tensor:
     """Bool `[B, Hq, Nq, k_len]`: keys of the routed blocks."""
     num_blocks = -(-k_len // block_size)
+    if routes.dtype == torch.bool:
+        return routes.repeat_interleave(block_size, 3)[..., :k_len]
     blocks = torch.zeros(*routes.shape[:3], num_blocks + 1, dtype=torch.bool, device=routes.device)
     outside = (routes < 0) | (routes >= num_blocks)
     blocks.scatter_(3, torch.where(outside, num_blocks, routes).long(), True)

@@ -1,8 +1,8 @@
 """Fast path of routed block attention in plain torch: forward and backward, any device, no compiler.
 
-Every query row names the key blocks it reads. Three forms compute the same: "gathered" touches only chosen blocks;
-"masked tiles" computes all visible scores under a mask, which is faster when most of them are chosen; "dense" is that
-without the mask, when all are.
+Every query row names the key blocks it reads. Four forms compute the same: "gathered" touches only chosen blocks;
+"flash tiles" does so by torch's fused kernel, where that can run (not causal, CPU); "masked tiles" computes all visible
+scores under a mask, which is faster when most of them are chosen; "dense" is that without the mask, when all are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from ..counters import count
-from . import dense, few_rows, tiles
+from . import dense, few_rows, flash_tiles, tiles
 from .gathered import GatheredGroup
 from .layout import Geometry, clean_routes, complete_rows, density
 from .workspace import Workspace
@@ -77,7 +77,7 @@ def forward(
 
     Args:
         query: [B, Hq, Nq, D]; key: [B, Hkv, Nk, D]; value: [B, Hkv, Nk, Dv]; any strides, Hq a multiple of Hkv.
-        routes: int [B, Hq, Nq, K], padded with -1, any order, a repeated block counts once.
+        routes: int [B, Hq, Nq, K], padded with -1, any order, a repeated block counts once; or bool [B, Hq, Nq, n].
         block_size: keys per block, >= 1; the last block may be shorter.
         scale: factor of the scores.
         allow_dense: False: compute only chosen blocks however many there are.
@@ -93,14 +93,26 @@ def forward(
     lse = query.new_empty(batch, heads, rows, dtype=dtype)
     if not out.numel() or not shape.k_len:
         return out.zero_(), lse.fill_(-torch.inf)
-    routes = clean_routes(routes)
     work = Workspace(query.device)
+    by_flash = flash_tiles.can_run(query, key, value, shape)
+    if routes.dtype == torch.bool:
+        if by_flash and not (allow_dense and bool(routes.all())):
+            count("routed_block_attention", "torch: flash tiles")
+            flash_tiles.forward(query, key, value, routes, shape, scale, out, lse, work)
+            return out, lse
+        routes = flash_tiles.routes_of(routes)
+    routes = clean_routes(routes)
     if few_rows.applies(routes, shape):
         count("routed_block_attention", "torch: few rows")
         few_rows.forward(query, key, value, routes, shape, scale, out, lse, work)
         return out, lse
     form, skip = _form(routes, shape, allow_dense)
+    if by_flash and form != "dense":
+        form = "flash tiles"
     count("routed_block_attention", f"torch: {form}")
+    if form == "flash tiles":
+        flash_tiles.forward(query, key, value, routes, shape, scale, out, lse, work)
+        return out, lse
     if form == "dense":
         _plain_forward(query, key, value, shape, scale, out, lse, work)
         return out, lse
@@ -150,9 +162,16 @@ def backward(
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     if not out.numel() or not shape.k_len:
         return tuple(grad.zero_() for grad in grads)
-    routes = clean_routes(routes)
-    form, skip = _form(routes, shape, allow_dense)
     work = Workspace(query.device)
+    by_flash = flash_tiles.can_run_backward(query, key, value, grad_lse, shape)
+    if routes.dtype == torch.bool and by_flash and not (allow_dense and bool(routes.all())):
+        flash_tiles.backward(grad_out, query, key, value, routes, shape, scale, out, lse, grads, work)
+        return grads
+    routes = clean_routes(flash_tiles.routes_of(routes) if routes.dtype == torch.bool else routes)
+    form, skip = _form(routes, shape, allow_dense)
+    if by_flash and form != "dense":
+        flash_tiles.backward(grad_out, query, key, value, routes, shape, scale, out, lse, grads, work)
+        return grads
     if form == "dense":
         _plain_backward(grad_out, grad_lse, query, key, value, shape, scale, out, lse, grads, work)
         return grads
