@@ -228,18 +228,16 @@ def _ends(share: Tensor, valid: Tensor, bounds: Tensor, mode: str, min_full: flo
     if mode == "quantile":
         reached = (valid.double()[:, None] * bounds).long()
     else:
-        within = share[..., None, :] <= (bounds + 1e-6 if mode == "threshold" else bounds)[..., None]
+        # How many entries of the rising shares are not above a bound.
+        limits = bounds + 1e-6 if mode == "threshold" else bounds
+        reached = torch.searchsorted(share.contiguous(), limits.contiguous(), right=True)
         if mode == "energybound":
             # A bound of 1 means every block, however its sum was rounded; nothing is chosen from an empty row.
-            within |= bounds[..., None] >= 1
+            reached = torch.where(bounds >= 1, share.shape[-1], reached)
             first = (share == 0).sum(-1, keepdim=True)
-        reached = within.sum(-1)
     if mode == "threshold":
         reached = torch.where(reached > 0, reached + 1, 0)
-        least = (valid.double() * min_full).long() + 1
-        reached = torch.cat(
-            [torch.maximum(reached[..., :1], least[:, None].expand_as(reached[..., :1])), reached[..., 1:]], -1
-        )
+        reached[..., 0] = reached[..., 0].maximum((valid.double() * min_full).long() + 1)
     ends = torch.cat([first, reached], -1).cummax(-1)[0]
     if mode == "energybound":
         return ends
