@@ -185,8 +185,8 @@ def test_the_op_passes_torchs_own_checks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wan", "flux", "cogvideox"])
-def test_inductor_differs_no_more_than_it_does_from_the_stock_model(name):
+@pytest.mark.parametrize("name, how", [*((n, "whole") for n in WHOLE), *((n, "regional") for n in REGIONAL)])
+def test_inductor_differs_no_more_than_it_does_from_the_stock_model(name, how):
     differences = {}
     for ours in (False, True):
         torch._dynamo.reset()
@@ -194,6 +194,6 @@ def test_inductor_differs_no_more_than_it_does_from_the_stock_model(name):
         if ours:
             hf_attn.apply(tiny.target, "band", **SPARSE)
         eager = tiny.run()
-        tiny.model.compile(fullgraph=True)
+        compiled(tiny, how, "inductor")
         differences[ours] = (tiny.run() - eager).abs().max().item()
     assert differences[True] <= 2 * max(differences[False], 1e-6), differences
