@@ -47,9 +47,9 @@ def forward(
     lse = query.new_empty(query.shape[:3], dtype=dtype)
     if not plan.complete:
         out.zero_()
-        lse.fill_(NEG_INF)
     offset, tables = key.shape[2] - query.shape[2], None
     if torch_half.can_fuse(query, key, value, scale) and plan.size * block_k // 8 * block_q > SMALL:
+        lse.fill_(NEG_INF)
         torch_half.forward(plan, query, key, value, out, lse, block_k, scale, tail)
         good = out.isfinite().all(-1)
     else:
@@ -67,27 +67,28 @@ def forward(
 def _plain_forward(
     plan: Plan, tables: Tables, query: Tensor, out: Tensor, lse: Tensor, scale: float, offset: int
 ) -> None:
-    """Writes out and lse; exponentials as they are: right for rows whose lse comes out within `SAFE_LSE`."""
+    """Writes out and lse; exponentials as they are: right for rows whose lse comes out within `SAFE_LSE`.
+
+    Until the end lse holds the denominators themselves.
+    """
     dtype = tables.keys.dtype
+    lse.zero_()
     pieces = Pieces(tables, max(PIECE_KEYS // tables.unit, 1), plan.block_q)
     queries, outs, lses = plan.split(query), plan.split(out), plan.split(lse)
     parts, sums = (query.new_empty(plan.block_q, n, dtype=dtype) for n in (tables.dim, tables.value_dim))
-    totals = query.new_empty(plan.block_q, dtype=dtype)
     for row in range(tables.rows):
         tables.load(row)
         for tile in plan.tiles(row):
-            own, target = queries[tile.number], outs[tile.number]
-            part, total, numerator = (x[: len(own)] for x in (parts, totals, sums))
+            own, target, total = queries[tile.number], outs[tile.number], lses[tile.number]
             if own.dtype == dtype:
-                torch.mul(own, scale, out=part)
-                numerator = target  # no copy at the end
+                part, numerator = own * scale, target  # no copy at the end
             else:
-                part.copy_(own).mul_(scale)
+                part, numerator = parts[: len(own)].copy_(own).mul_(scale), sums[: len(own)]
             _plain_tile(part, tables, pieces, tile, tile.hidden(tables.last, offset), numerator, total)
-            torch.log(total, out=lses[tile.number])
-            numerator.div_(total.clamp_(min=1e-30)[:, None])
+            numerator.div_(total[:, None])
             if numerator is not target:
                 target.copy_(numerator)
+    lse.log_()
 
 
 def _plain_tile(
@@ -96,7 +97,7 @@ def _plain_tile(
     """Into sums [rows, Dv] the weighted values of everything that the tile reads, into total [rows] their weights."""
     count, unit, start = len(tile.units), tables.unit, 0
     step = -(-count // -(-count // pieces.limit))  # pieces of about one size
-    weights = tables.weights[tile.units].view(-1).split(step * unit)
+    weights = tables.weights.index_select(0, tile.units).view(-1).split(step * unit)
     for units, weight in zip(tile.units.split(step), weights, strict=True):
         piece = pieces.get(len(part), len(units))
         torch.index_select(tables.keys, 0, units, out=piece.key_units)
