@@ -184,8 +184,12 @@ def test_the_op_passes_torchs_own_checks():
     torch.library.opcheck(site_attention, (*plain, mask, site.handle, site.numbers, 0.3, 0, 1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, how", [*((n, "whole") for n in WHOLE), *((n, "regional") for n in REGIONAL)])
+# One of each kind of processor; the others take minutes.
+FAST = [("wan", "regional"), ("cogvideox", "whole"), ("flux", "regional")]
+REST = [pair for pair in [*((n, "whole") for n in WHOLE), *((n, "regional") for n in REGIONAL)] if pair not in FAST]
+
+
+@pytest.mark.parametrize("name, how", [*FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)])
 def test_inductor_differs_no_more_than_it_does_from_the_stock_model(name, how):
     differences = {}
     for ours in (False, True):
