@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_attn.front import (
         apply,
         calibrate,
+        compare,
         convert,
         doctor,
         enable_continuous_batching,
@@ -39,6 +40,7 @@ _HOMES = {
     "apply": "hf_attn.front",
     "convert": "hf_attn.front",
     "calibrate": "hf_attn.front",
+    "compare": "hf_attn.front",
     "doctor": "hf_attn.front",
     "enable_continuous_batching": "hf_attn.front",
     "list_mechanisms": "hf_attn.front",
@@ -72,6 +74,7 @@ __all__ = [
     "cache_report",
     "calibrate",
     "classify_heads",
+    "compare",
     "doctor",
     "enable_continuous_batching",
     "list_mechanisms",

@@ -114,6 +114,16 @@ def doctor(target: Any, **options: Any) -> Any:
     return _integration(base, "doctor").doctor(target, **options)
 
 
+def compare(pipe: Any, name: str, call: dict[str, Any], *, path: str | PathLike | None = None, **options: Any) -> Any:
+    """Run a diffusers pipeline dense and with a mechanism from the same noise: PSNR of every frame, and a picture.
+
+    Arguments and result: `hf_attn.integrations.diffusers.compare.compare`.
+    """
+    from hf_attn.integrations.diffusers.compare import compare as run
+
+    return run(pipe, name, call, path=path, **options)
+
+
 def calibrate(target: Any, name: str, **options: Any) -> Any:
     """Measure on real text, without training, what mechanism `name` needs to know about `target`.
 

@@ -138,6 +138,16 @@ class DiffusionConfig(MechanismConfig):
             raise ValueError(f"strict must be True or False, got {self.strict!r}")
         super().__post_init__()
 
+    @classmethod
+    def preset_for(cls, model_id: str) -> str | None:
+        """Name of the published setting (`preset=`) of a model on the Hub, None when there is none."""
+        return None
+
+    @property
+    def fitted_density(self) -> float | None:
+        """The density that these options aim at, None when it follows the input."""
+        return self.density
+
     @property
     def needs_steps(self) -> bool:
         """Whether these options mean anything only when the step is known."""

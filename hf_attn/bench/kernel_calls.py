@@ -224,6 +224,14 @@ def _sink_window(shape: Shape) -> tuple[Any, ...]:
     return *shape.tensors(), shape.token_index(), 128, 512, shape.scale
 
 
+def _pyramid(shape: Shape) -> tuple[Any, ...]:
+    """Blocks of 128 at random levels, about a quarter of the work."""
+    blocks = shape.q_len // 128, shape.k_len // 128
+    choice = torch.tensor([0, 0, 1, 4, 8, 8], dtype=torch.uint8, device=shape.device)
+    levels = choice[torch.randint(6, (1, shape.heads, *blocks), device=shape.device)]
+    return *shape.tensors(), levels, None, 128, 128, shape.causal, shape.scale, "replicate"
+
+
 def _backward(op: str, tensors: int, forward: Callable[[Shape], tuple[Any, ...]]) -> Callable[[Shape], tuple[Any, ...]]:
     """Arguments of a backward op: gradients, the first `tensors` arguments of the forward, its results, its options."""
 
@@ -248,6 +256,7 @@ _PAGED = "paged.triton_op:paged_attention", "paged.op:paged_attention"
 _STATISTICS = "paged.triton_op:page_statistics", "paged.op:page_statistics"
 _PAGE_SCORES = "paged.triton_op:page_scores", "paged.op:page_scores"
 _WINDOW = "windowed.triton_op:sink_window_attention", "windowed.op:sink_window_attention"
+_PYRAMID = "pyramid.triton_op:pyramid_attention", "pyramid.op:pyramid_attention"
 _sparse_gradients = _backward(_SPARSE[0], 6, _block_sparse())
 _routed_gradients = _backward(_ROUTED[0], 5, _routed())
 
@@ -276,6 +285,7 @@ CALLS = (
     KernelCall("paged attention: int4, lists of KV heads", *_PAGED, _paged("int4", False)),
     KernelCall("paged attention: int4, ring", *_PAGED, _ring),
     KernelCall("sink-window attention", *_WINDOW, _sink_window),
+    KernelCall("pyramid attention", *_PYRAMID, _pyramid),
 )
 
 

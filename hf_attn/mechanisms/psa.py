@@ -53,6 +53,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "similarity": PREFILL_SIMILARITY,
     },
 }  # fmt: skip
+# Parts of the Hub ids of models and the preset that was published for them; the first match counts.
+PRESET_MODELS = (
+    ("wan2.1-t2v-1.3b", "wan2.1-1.3b"),
+    ("wan2.1-t2v-14b", "wan2.1-14b"),
+    ("wan2.2-t2v-a14b", "wan2.2-a14b"),
+    ("wan2.2-ti2v-5b", "wan2.2-5b"),
+    ("cogvideox1.5-5b", "cogvideox1.5-5b"),
+    ("cogvideox-5b", "cogvideox-5b"),
+)
 
 
 @dataclass
@@ -60,7 +69,8 @@ class PSAConfig(DiffusionConfig):
     """Every (query block, key block) pair reads its keys in full, mean-pooled by 2, 4 or 8, or not at all.
 
     `preset=` of `from_dict` and `hf_attn.apply` fills in the published settings of a model (`PRESETS`); options named
-    beside it win. `density`, `dense_steps`, `min_tokens`, `schedule`, `strict` and `layers` are the common ones.
+    beside it win. For a pipeline `preset="auto"` takes the one of its Hub id (`PRESET_MODELS`). `density`,
+    `dense_steps`, `min_tokens`, `schedule`, `strict` and `layers` are the common ones.
 
     Args:
         block_size: queries, and keys, per block; a multiple of 8 unless `block_k` is given.
@@ -132,6 +142,15 @@ class PSAConfig(DiffusionConfig):
                 raise ValueError(f"unknown preset {name!r}{hint}. Presets: {', '.join(PRESETS)}.")
             options = {**PRESETS[name], **{key: value for key, value in options.items() if key != "preset"}}
         return super().from_dict(options)
+
+    @classmethod
+    def preset_for(cls, model_id: str) -> str | None:
+        name = model_id.lower()
+        return next((preset for part, preset in PRESET_MODELS if part in name and "-i2v" not in name), None)
+
+    @property
+    def fitted_density(self) -> float | None:
+        return self.rule(causal=False)[2]
 
     @property
     def keys_per_block(self) -> int:

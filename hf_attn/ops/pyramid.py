@@ -55,7 +55,8 @@ def pyramid_attention(
 
     Returns:
         `[B, Hq, Nq, Dv]` in the query's dtype; rows that see no key give 0 (lse -inf). Differentiable in query, key,
-        value and through lse; levels are constants. On a CPU in half precision pooled keys are rounded to it.
+        value and through lse; levels are constants. In half precision pooled keys and
+        values are rounded to it (not by the reference).
 
     Raises:
         ValueError: shapes or options that do not fit, naming the argument.
@@ -80,6 +81,8 @@ def pyramid_attention(
     from hf_attn.ops.hfattn_sparse.pyramid import op
 
     run = op.run_reference if path == "reference" else op.pyramid_attention
+    if path == "triton":
+        from hf_attn.ops.hfattn_sparse.pyramid.triton_op import pyramid_attention as run
     out, lse = run(query, key, value, levels, index, block_q, block_k, causal, scale, tail)
     return (out, lse) if return_lse else out
 

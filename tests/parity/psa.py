@@ -10,8 +10,6 @@ from hf_attn.grid import TokenGrid, hilbert_permutation
 
 LEVELS = ("1", "2", "4", "8")
 
-HAS_TRITON = False
-
 
 def run(inputs: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """Results of one case; `q`, `k`, `v` `[B, H, N, D]` lie row-major on `config["grid"]`."""

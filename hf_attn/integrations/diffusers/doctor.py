@@ -81,7 +81,7 @@ def doctor_repository(
     Raises OSError when there is no such pipeline, TypeError when it has no supported model.
     """
     size = _size(height, width, num_frames, needed=True)
-    config = None if mechanism is None else checked(mechanism, options)[1]
+    config = None if mechanism is None else checked(mechanism, options, str(repository))[1]
     index = DiffusionPipeline.load_config(repository)
     report, found = DoctorReport(), False
     for component, entry in index.items():
@@ -133,12 +133,12 @@ def predict(
         f"{name} at {size}: {work.tokens} tokens, attention is {work.share:.1%} of the denoiser's work; at most "
         f"{told}, never more than {work.bound(0.0):.2f}x"
     )
-    if config is not None and config.density is not None:
+    density = None if config is None else config.fitted_density
+    if density is not None:
         share = config.dense_steps if isinstance(config.dense_steps, float) else 0.0
         with_steps = f", with {share:.0%} of the steps dense" if share else ""
         report.lines.append(
-            f"with these options (density {config.density}{with_steps}): at most "
-            f"{work.bound(config.density, share):.2f}x"
+            f"with these options (density {density}{with_steps}): at most {work.bound(density, share):.2f}x"
         )
     if work.bound(DENSITIES[-1]) < _WORTH:
         report.lines.append("not worth it at this size: larger images or longer videos gain more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from hf_attn.integrations.diffusers.hooks import GridHook, RootHook, add_step_ho
 from hf_attn.integrations.diffusers.processors import SiteProcessor, can_stand_in, set_processor, site_processor
 from hf_attn.integrations.diffusers.state import PipelineState, Site
 from hf_attn.mechanism import DiffusionConfig, Mechanism, get_mechanism, mechanism_names
+
+_logger = logging.getLogger(__name__)
 
 
 def apply(target: Any, name: str, **options: Any) -> Any:
@@ -30,7 +33,7 @@ def apply(target: Any, name: str, **options: Any) -> Any:
     Raises, and changes nothing: TypeError for a model without supported class; ValueError for unknown names, options,
     values or layers, when a mechanism is applied already, and under ring attention.
     """
-    mechanism, config = checked(name, options)
+    mechanism, config = checked(name, options, model_id(target))
     models = supported_models(target)
     _refuse(target, models, config)
     state = PipelineState(mechanism, config, target)
@@ -110,14 +113,36 @@ def installed_in(target: Any) -> dict[str, tuple[nn.Module, RootHook]]:
     return found
 
 
-def checked(name: str, options: dict[str, Any]) -> tuple[Mechanism, DiffusionConfig]:
-    """The mechanism and its checked options; ValueError for one that does not support diffusers."""
+def model_id(target: Any) -> str:
+    """The Hub id or folder that a pipeline or model was loaded from, "" when it was built in memory."""
+    return str(getattr(getattr(target, "config", None), "_name_or_path", None) or "")
+
+
+def checked(name: str, options: dict[str, Any], source: str = "") -> tuple[Mechanism, DiffusionConfig]:
+    """The mechanism and its checked options; ValueError for one that does not support diffusers.
+
+    `source` is what the target was loaded from: `preset="auto"` takes the preset published for it, and a user who names
+    nothing is told of it.
+    """
     mechanism = get_mechanism(name)
     if not mechanism.capabilities.diffusers:
         able = [n for n in mechanism_names() if get_mechanism(n).capabilities.diffusers]
         raise ValueError(
             f"{name!r} does not support diffusers models; mechanisms that do: {', '.join(able) or '(none)'}"
         )
+    preset = mechanism.config.preset_for(source)
+    if options.get("preset") == "auto":
+        if preset is None:
+            raise ValueError(
+                f"preset='auto': {name!r} has no preset for {source or 'a model that was built in memory'}; name one, "
+                "or leave preset out for the default options"
+            )
+        options = {**options, "preset": preset}
+    elif preset is not None and not {"preset", "density", "bounds", "schedule"} & options.keys():
+        _logger.warning(
+            "%s: settings were published for %s; preset='auto' takes them (%r), without it the default options run",
+            name, source, preset,
+        )  # fmt: skip
     return mechanism, mechanism.config.from_dict(options)
 
 

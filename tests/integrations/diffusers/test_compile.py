@@ -184,9 +184,13 @@ def test_the_op_passes_torchs_own_checks():
     torch.library.opcheck(site_attention, (*plain, mask, site.handle, site.numbers, 0.3, 0, 1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["wan", "flux", "cogvideox"])
-def test_inductor_differs_no_more_than_it_does_from_the_stock_model(name):
+# One of each kind of processor; the others take minutes.
+FAST = [("wan", "regional"), ("cogvideox", "whole"), ("flux", "regional")]
+REST = [pair for pair in [*((n, "whole") for n in WHOLE), *((n, "regional") for n in REGIONAL)] if pair not in FAST]
+
+
+@pytest.mark.parametrize("name, how", [*FAST, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)])
+def test_inductor_differs_no_more_than_it_does_from_the_stock_model(name, how):
     differences = {}
     for ours in (False, True):
         torch._dynamo.reset()
@@ -194,6 +198,6 @@ def test_inductor_differs_no_more_than_it_does_from_the_stock_model(name):
         if ours:
             hf_attn.apply(tiny.target, "band", **SPARSE)
         eager = tiny.run()
-        tiny.model.compile(fullgraph=True)
+        compiled(tiny, how, "inductor")
         differences[ours] = (tiny.run() - eager).abs().max().item()
     assert differences[True] <= 2 * max(differences[False], 1e-6), differences

@@ -28,7 +28,7 @@ def run_reference(
     """The reference under plain autograd; arguments as `pyramid_attention`."""
     count("pyramid_attention", "reference")
     options = {"block_q": block_q, "block_k": block_k, "causal": causal, "scale": scale, "tail": tail}
-    return _over_sequences(reference.forward, query, key, value, levels, index, options)
+    return over_sequences(reference.forward, query, key, value, levels, index, options)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("pyramid_attention"), mutates_args=(), tags=HOST_SYNC)
@@ -54,7 +54,7 @@ def pyramid_attention(
     """
     count("pyramid_attention", "torch")
     options = {"block_q": block_q, "block_k": block_k, "causal": causal, "scale": scale, "tail": tail}
-    return _over_sequences(torch_path.forward, query, key, value, levels, index, options)
+    return over_sequences(torch_path.forward, query, key, value, levels, index, options)
 
 
 @pyramid_attention.register_fake
@@ -214,7 +214,8 @@ def _one_layout(sequences: list[Sequence]) -> bool:
     return len(sequences) == 1 and sequences[0].batch == slice(None)
 
 
-def _over_sequences(core, query, key, value, levels, index, options) -> tuple[Tensor, Tensor]:
+def over_sequences(core, query, key, value, levels, index, options) -> tuple[Tensor, Tensor]:
+    """`core` (a path's `forward`) on every sequence of an index, or once without one."""
     if index is None:
         return core(query, key, value, levels, **options)
     sequences = split_sequences(index, query.shape[2], key.shape[2], options["causal"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..block_sparse.tiling import Workspace
 from .pooling import LEVELS, num_blocks, pad_tokens
 
 # Scores formed at one time: they stay in a core's own cache.
@@ -13,6 +14,8 @@ CHUNK_SCORES = 1 << 18
 SAMPLE = 4
 SEED_OF_HEAD = 49_979_687
 NEG_INF = float("-inf")
+# Scores up to this are exponentiated as they are.
+SAFE_TOP = 40.0
 # Halvings of the interval in which `density` looks for its factor on the bounds.
 HALVINGS = 12
 
@@ -114,16 +117,18 @@ def sampled_importance(
     out = torch.empty(batch, heads, nq, nk, dtype=dtype, device=query.device)
     sq, sk = offsets_q.shape[2], offsets_k.shape[2]
     step = max(1, CHUNK_SCORES // (sq * sk * nk))
+    work = Workspace()
     for b in range(batch):
         for h in range(heads):
             # Keys by offset, then block: a reduction over offsets then runs along contiguous blocks.
             where = _sample_rows(offsets_k[b, h], nk, block_k, key.shape[2]).T.flatten()
             keys = key[b, h // ratio].index_select(0, where).to(product).T
             where = _sample_rows(offsets_q[b, h], nq, block_q, query.shape[2])
-            for start in range(0, nq, step):
-                rows = query[b, h].index_select(0, where[start : start + step].flatten()).to(dtype).mul_(scale)
-                part = _block_scores((rows.to(product) @ keys).to(dtype).view(-1, sk, nk), estimator, reduce)
-                part = part.view(-1, sq, nk)
+            rows = query[b, h].index_select(0, where.flatten()).to(dtype).mul_(scale).to(product)
+            for start, part in zip(range(0, nq, step), rows.split(step * sq), strict=True):
+                shape = (len(part), sk * nk)
+                scores = torch.mm(part, keys, out=work.get("scores", shape, product, part.device))
+                part = _block_scores(scores.to(dtype).view(-1, sk, nk), estimator, reduce).view(-1, sq, nk)
                 out[b, h, start : start + step] = part.amax(1) if reduce == "max" else part.mean(1)
     return out.div_(out.sum(-1, keepdim=True))
 
@@ -140,9 +145,13 @@ def _block_scores(scores: Tensor, estimator: str, reduce: str) -> Tensor:
     top = best.amax(1, keepdim=True)
     if estimator == "rowmax" and reduce == "max":
         return best.sub_(top).exp_()
-    weights = scores.sub_(top[:, None]).exp_()
+    if estimator == "softmax" and bool((top.abs() <= SAFE_TOP).all()):
+        top.zero_()  # a pass over the scores less: nothing overflows, and nothing that counts is lost
+    else:
+        scores.sub_(top[:, None])
+    weights = scores.exp_()
     total = weights.flatten(1).sum(1, keepdim=True) if estimator == "softmax" else 1
-    return (best.sub_(top).exp_() if reduce == "max" else weights.mean(1)) / total
+    return (best.sub_(top).exp_() if reduce == "max" else weights.mean(1)).div_(total)
 
 
 def antidiagonal_importance(query: Tensor, key: Tensor, *, block: int, stride: int, scale: float) -> Tensor:
@@ -175,7 +184,7 @@ def antidiagonal_importance(query: Tensor, key: Tensor, *, block: int, stride: i
 
 def assign_levels(
     importance: Tensor,
-    bounds: list[float] | Tensor,
+    bounds: list[float],
     *,
     mode: str,
     min_full: float,
@@ -195,8 +204,8 @@ def assign_levels(
         visible: bool `[nq, nk]`, blocks a row may see; None = all.
     """
     order, share, valid = _rank(importance, visible)
-    ranked = _ranked_levels(share, valid, bounds, mode, min_full, align_divisor)
-    return torch.zeros_like(ranked).scatter_(-1, order, ranked)
+    ends = _ends(share, valid, torch.tensor(bounds, dtype=share.dtype), mode, min_full, align_divisor)
+    return torch.zeros_like(order, dtype=torch.uint8).scatter_(-1, order, _paint(ends, share.shape[-1]))
 
 
 def _rank(importance: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,36 +218,54 @@ def _rank(importance: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, T
     return order, sums / sums[..., -1:].clamp(min=1e-300), valid
 
 
-def _ranked_levels(share: Tensor, valid: Tensor, bounds, mode: str, min_full: float, align_divisor: int) -> Tensor:
-    """Levels in the order of falling importance; bounds are floats, or tensors `[B, H, 1, 1]` for bounds by head."""
-    exact = valid.double()
-    ranked = torch.zeros(share.shape, dtype=torch.uint8, device=share.device)
+def _ends(share: Tensor, valid: Tensor, bounds: Tensor, mode: str, min_full: float, align_divisor: int) -> Tensor:
+    """Where levels end in the order of falling importance: position `[..., nq, 5]`, the first entry is where 1 starts.
+
+    Bounds `[4]`, or `[B, H, 1, 4]` for bounds by head.
+    """
+    bounds = bounds.expand(*share.shape[:-1], 4)
+    first = torch.zeros(*share.shape[:-1], 1, dtype=torch.int64, device=share.device)
+    if mode == "quantile":
+        reached = (valid.double()[:, None] * bounds).long()
+    else:
+        # How many entries of the rising shares are not above a bound.
+        limits = bounds + 1e-6 if mode == "threshold" else bounds
+        reached = torch.searchsorted(share.contiguous(), limits.contiguous(), right=True)
+        if mode == "energybound":
+            # A bound of 1 means every block, however its sum was rounded; nothing is chosen from an empty row.
+            reached = torch.where(bounds >= 1, share.shape[-1], reached)
+            first = (share == 0).sum(-1, keepdim=True)
+    if mode == "threshold":
+        reached = torch.where(reached > 0, reached + 1, 0)
+        reached[..., 0] = reached[..., 0].maximum((valid.double() * min_full).long() + 1)
+    ends = torch.cat([first, reached], -1).cummax(-1)[0]
     if mode == "energybound":
-        for level, bound in zip(LEVELS[::-1], reversed(bounds), strict=True):
-            # A bound of 1 means every block, however its sum was rounded.
-            reached = (share <= bound) | (torch.as_tensor(bound) >= 1)
-            ranked.masked_fill_(reached & (share > 0), level)
-        return ranked
-    position = torch.arange(share.shape[-1], device=share.device)
-    ends, end = [], torch.zeros(share.shape[:-1], dtype=torch.int64, device=share.device)
-    for level, bound in zip(LEVELS, bounds, strict=True):
-        start = end
-        if mode == "quantile":
-            end = (exact * (bound[..., 0] if torch.is_tensor(bound) else bound)).long().expand_as(start)
-        else:
-            within = (share <= bound + 1e-6).sum(-1)
-            end = torch.where(within > 0, within + 1, start)
-            if level == 1:
-                end = torch.maximum(end, (exact * min_full).long() + 1)
-        end = torch.minimum(torch.maximum(end, start), valid)
-        if align_divisor and (multiple := -(-level // align_divisor)) > 1:
+        return ends
+    ends = torch.minimum(ends, valid[:, None])
+    return _aligned(ends, reached, valid, align_divisor) if align_divisor else ends
+
+
+def _aligned(ends: Tensor, reached: Tensor, valid: Tensor, align_divisor: int) -> Tensor:
+    """The same with the number of blocks of level r rounded to multiples of `ceil(r / align_divisor)`."""
+    out = [ends[..., 0]]
+    for number, level in enumerate(LEVELS):
+        start = out[-1]
+        end, multiple = torch.minimum(torch.maximum(reached[..., number], start), valid), -(-level // align_divisor)
+        if multiple > 1:
             length = end - start
             up = -(-length // multiple) * multiple
             end = start + torch.where(start + up > valid, length // multiple * multiple, up)
-        ends.append((level, start, end))
-    for level, start, end in ends:
-        ranked.masked_fill_((position >= start[..., None]) & (position < end[..., None]), level)
-    return ranked
+        out.append(end)
+    return torch.stack(out, -1)
+
+
+def _paint(ends: Tensor, blocks: int) -> Tensor:
+    """Levels uint8 `[..., nq, blocks]` of positions, from `_ends`."""
+    position = torch.arange(blocks, device=ends.device)
+    levels = torch.zeros(*ends.shape[:-1], blocks, dtype=torch.uint8, device=ends.device)
+    for level, start, end in zip(LEVELS, ends.unbind(-1)[:-1], ends.unbind(-1)[1:], strict=True):
+        levels.masked_fill_((position >= start[..., None]) & (position < end[..., None]), level)
+    return levels
 
 
 def similarity_cap(key: Tensor, *, block_k: int, thresholds: list[float]) -> Tensor:
@@ -289,19 +316,26 @@ def finish(levels: Tensor, full: Tensor | None, cap: Tensor | None, visible: Ten
 
 def pair_counts(q_len: int, k_len: int, block_q: int, block_k: int, causal: bool, device) -> Tensor:
     """(query, key) pairs that dense attention computes in every block, fp64 `[nq, nk]`; as many queries as keys."""
+    first_q, first_k = (torch.arange(0, n, b, device=device) for n, b in ((q_len, block_q), (k_len, block_k)))
+    keys = (k_len - first_k).clamp(max=block_k)
+    if not causal:
+        return (q_len - first_q).clamp(max=block_q).double().outer(keys.double())
     row = torch.arange(q_len, device=device)
-    first = torch.arange(num_blocks(k_len, block_k), device=device) * block_k
-    reach = (row[:, None] + 1 if causal else torch.full_like(row, k_len)[:, None]) - first
-    pairs = reach.clamp(min=0).minimum((k_len - first).clamp(max=block_k)).double()
-    out = torch.zeros(num_blocks(q_len, block_q), len(first), dtype=torch.float64, device=device)
+    pairs = (row[:, None] + 1 - first_k).clamp(min=0).minimum(keys).double()
+    out = torch.zeros(len(first_q), len(first_k), dtype=torch.float64, device=device)
     return out.index_add_(0, row // block_q, pairs)
 
 
 def cost(levels: Tensor, pairs: Tensor) -> Tensor:
     """Pairs computed under levels `[..., nq, nk]`, a pooled key counting 1 / r, fp64 `[...]`."""
+    return _work(levels, pairs).sum((-2, -1))
+
+
+def _work(levels: Tensor, pairs: Tensor) -> Tensor:
+    """The same for every block, fp64 `[..., nq, nk]`."""
     inverse = torch.zeros(9, dtype=torch.float64, device=levels.device)
     inverse[list(LEVELS)] = torch.tensor([1 / level for level in LEVELS], dtype=torch.float64, device=levels.device)
-    return (inverse[levels.long()] * pairs).sum((-2, -1))
+    return inverse[levels.long()] * pairs
 
 
 def fit_density(
@@ -326,20 +360,27 @@ def fit_density(
     )
     if cap is not None:
         cap = cap[:, :, None].expand(order.shape).gather(-1, order)
+    # What the first positions of a row cost if all of them had one level; levels change at five places of a row, so a
+    # step of the search reads five differences.
+    same = (torch.full(order.shape, level, dtype=torch.uint8, device=order.device) for level in (0, *LEVELS, 0))
+    sums = torch.stack([_work(finish(x, full, cap, visible), pairs).cumsum(-1) for x in same], -2)
+    changes = torch.nn.functional.pad(sums[..., :-1, :] - sums[..., 1:, :], (1, 0))
+    none = sums[..., 0, -1].sum(-1)[..., None, None]
 
-    def levels_at(factor: Tensor) -> Tensor:
-        scaled = [(factor * bound).clamp(max=1.0) for bound in bounds]
-        return finish(_ranked_levels(share, valid, scaled, **rule), full, cap, visible)
+    def cost_at(ends: Tensor) -> Tensor:
+        return none + changes.gather(-1, ends[..., None]).sum((-3, -2))[..., None]
 
+    limits = torch.tensor(bounds, dtype=torch.float64, device=importance.device)
     low = torch.zeros(*importance.shape[:-2], 1, 1, dtype=torch.float64, device=importance.device)
     high = torch.full_like(low, 1 / max(min(b for b in bounds if b > 0), 1e-3))
     best, best_miss = None, None
     for factor in (low, high, *[None] * HALVINGS):
         middle = (low + high) / 2 if factor is None else factor
-        levels = levels_at(middle)
-        miss = (cost(levels, pairs) - wanted)[..., None, None]
+        ends = _ends(share, valid, (middle * limits).clamp(max=1.0), **rule)
+        miss = cost_at(ends) - wanted
         if factor is None:
             low, high = torch.where(miss < 0, middle, low), torch.where(miss < 0, high, middle)
-        best = levels if best is None else torch.where(miss.abs() < best_miss, levels, best)
+        best = ends if best is None else torch.where(miss.abs() < best_miss, ends, best)
         best_miss = miss.abs() if best_miss is None else torch.minimum(miss.abs(), best_miss)
-    return torch.zeros_like(best).scatter_(-1, order, best)
+    levels = finish(_paint(best, order.shape[-1]), full, cap, visible)
+    return torch.zeros_like(levels).scatter_(-1, order, levels)
