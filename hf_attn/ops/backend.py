@@ -24,6 +24,7 @@ TRITON_OPS = frozenset(
         "page_scores",
         "page_statistics",
         "paged_attention",
+        "quantized_block_attention",
         "routed_block_attention",
         "select_blocks",
         "select_routes",
