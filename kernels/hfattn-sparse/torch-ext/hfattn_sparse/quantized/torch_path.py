@@ -48,26 +48,26 @@ def forward(
     runs in bf16 (fp16 stays fp16); elsewhere products of codes run in fp32, which holds their sums exactly.
     """
     batch, heads, q_len, _ = query.shape
-    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    out = query.new_zeros(*query.shape[:3], value.shape[3], dtype=accumulator(query.dtype))
     if not (out.numel() and key.shape[2] and indices.numel()):
-        return out
+        return out.to(query.dtype)
     if key_mask is not None:
         hidden = ~key_mask[:, None, :, None]
         key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
     block_k = min(block_k, key.shape[2])
     tables = _Tables(query, key, value, block_k, q_group, k_group, qk_bits, pv_bits, scale)
     lists = _lists(indices, -(-key.shape[2] // block_k))
+    counts = (lists >= 0).sum(-1).tolist()
     for b in range(batch):
         hidden = None if key_mask is None else ~key_mask[b % key_mask.shape[0]]
         for h in range(heads):
-            mine = lists[b % lists.shape[0]][h * lists.shape[1] // heads]
-            rows = [slice(i * block_q, min((i + 1) * block_q, q_len)) for i in range(len(mine))]
+            row, column = b % lists.shape[0], h * lists.shape[1] // heads
             tables.select(b, h)
-            for place, blocks in zip(rows, mine, strict=True):
-                used = blocks[blocks >= 0]
-                if len(used):
-                    tables.attend(place, used, hidden, out[b, h, place])
-    return out
+            for number, count in enumerate(counts[row][column]):
+                if count:
+                    place = slice(number * block_q, min((number + 1) * block_q, q_len))
+                    tables.attend(place, lists[row, column, number, :count], hidden, out[b, h, place])
+    return out.to(query.dtype)
 
 
 def _lists(indices: Tensor, blocks: int) -> Tensor:
@@ -140,21 +140,21 @@ class _Tables:
         if not plain:
             top = scores.amax(1, keepdim=True)
             scores.sub_(top.masked_fill_(top == float("-inf"), 0))
-        weights = torch.exp(scores, out=self._scratch("weights", scores.shape, scores.dtype))
+        weights = scores.exp_()
         total = weights.sum(1, keepdim=True)
         if plain:
             low, high = (x.item() for x in total.aminmax())
             if not (1 / _SAFE < low and high < _SAFE):
-                weights.copy_(scores).sub_(scores.amax(1, keepdim=True)).exp_()
+                scores = self._scores(rows, blocks, real)
+                weights = scores.sub_(scores.amax(1, keepdim=True)).exp_()
                 total = weights.sum(1, keepdim=True)
         if self.pv_bits is not None:
             self._round(weights, len(blocks))
         if self.product != weights.dtype:
             weights = self._scratch("low", weights.shape, self.product).copy_(weights)
-        part = torch.mm(weights, value, out=self._scratch("part", (len(weights), value.shape[1]), self.product))
-        torch.div(part, total.masked_fill_(total == 0, 1), out=out) if out.dtype == total.dtype else out.copy_(
-            part / total
-        )
+        if not plain:
+            total = total.masked_fill(total == 0, 1)
+        torch.div(torch.mm(weights, value), total, out=out)
 
     def _scores(self, rows: slice, blocks: Tensor, real: int) -> Tensor:
         """`[rows, keys]`, scaled."""
@@ -163,11 +163,12 @@ class _Tables:
         shape = (len(query), real)
         if self.qk_bits is None:
             return torch.mm(query, key.mT, out=self._scratch("scores", shape, self.dtype)).mul_(self.scale)
+        scores = self._scratch("scores", shape, self.dtype)
         if self.integer:
-            product = torch._int_mm(query, key.mT, out=self._scratch("integers", shape, torch.int32))
+            # Each integer becomes a float in its own place: half the memory, so that it stays in the cache.
+            scores.copy_(torch._int_mm(query, key.mT, out=scores.view(torch.int32)))
         else:
-            product = torch.mm(query, key.mT)
-        scores = self._scratch("scores", shape, self.dtype).copy_(product)
+            scores = torch.mm(query, key.mT).to(self.dtype)
         factor = self._take("factor", self.k_factor, blocks, real).view(-1)
         first = rows.start
         while first < rows.stop:
