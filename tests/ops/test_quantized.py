@@ -97,7 +97,9 @@ def test_hidden_keys_never_reach_a_row(qk_bits, pv_bits, monkeypatch):
     want = reference(clean, monkeypatch, **options)
     assert got.isfinite().all()
     assert (got - want).abs().max() <= allowed(clean, options, want)
-    only = BlockPattern.from_dense(torch.eye(5, dtype=torch.bool)[None, None], block_q=16, block_k=16, q_len=70, k_len=70)
+    only = BlockPattern.from_dense(
+        torch.eye(5, dtype=torch.bool)[None, None], block_q=16, block_k=16, q_len=70, k_len=70
+    )
     out = ops.quantized_block_attention(query, *dirty, only, **options)
     assert out[1, :, :32].eq(0).all() and not out[1, :, 40:].eq(0).all()
 

@@ -40,7 +40,9 @@ def quantize_groups(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 def quantize_channels(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """One scale for each channel over all rows: codes int8 `[B, H, N, D]` and scales `[B, H, D]`."""
     wide = x.to(accumulator(x.dtype))
-    amax = torch.linalg.vector_norm(wide, float("inf"), dim=2) if x.shape[2] else wide.new_zeros(*x.shape[:2], x.shape[3])
+    amax = (
+        torch.linalg.vector_norm(wide, float("inf"), dim=2) if x.shape[2] else wide.new_zeros(*x.shape[:2], x.shape[3])
+    )
     scale = amax.clamp(min=SMALLEST) / qmax(bits)
     return (wide / scale[:, :, None]).round_().to(torch.int8), scale
 

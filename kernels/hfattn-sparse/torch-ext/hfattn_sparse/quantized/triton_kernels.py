@@ -1,7 +1,7 @@
 """Forward kernel of quantised block-sparse attention: one program a query block of a head.
 
-The weights of a block are rounded with the block's largest weight, which is known only once every row's maximum is: with
-quantised P a first pass over the keys finds the maxima.
+The weights of a block are rounded with the block's largest weight, which is known only once every row's maximum is:
+with quantised P a first pass over the keys finds the maxima.
 """
 
 from __future__ import annotations
@@ -65,9 +65,11 @@ def forward_kernel(
         k_scale += (batch.to(tl.int64) * (heads // group) + kv) * k_groups
         q_factor = tl.load(q_scale + row // q_group, mask=real_q, other=0.0) * scale
 
-    ids = lists + (
-        (tl.minimum(batch, list_rows - 1).to(tl.int64) * list_heads + head // list_share) * q_blocks + block
-    ) * list_len
+    ids = (
+        lists
+        + ((tl.minimum(batch, list_rows - 1).to(tl.int64) * list_heads + head // list_share) * q_blocks + block)
+        * list_len
+    )
     listed = 0
     for start in range(0, list_len, 64):
         at = start + tl.arange(0, 64)
@@ -86,8 +88,8 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for nth in range(0, listed):
         scores, token, real = _scores(
-            query, q_factor, ids, nth, k, k_scale, k_mask, k_sn, k_sd, block_k, k_group, k_len, scale, D, WIDTH, BLOCK_N,
-            CODES, PRECISION, UPCAST,
+            query, q_factor, ids, nth, k, k_scale, k_mask, k_sn, k_sd, block_k, k_group, k_len, scale, D, WIDTH,
+            BLOCK_N, CODES, PRECISION, UPCAST,
         )  # fmt: skip
         values = load_rows(v, token.to(tl.int64) * v_sn, v_sd, real, DV, WIDTH_V, True, UPCAST and not P_CODES)
         if P_CODES:

@@ -1,4 +1,4 @@
-"""Quantised block-sparse attention by a Triton kernel: codes, lists and the launch. Nothing here waits for the device."""
+"""Quantised block-sparse attention by a Triton kernel: codes, lists, launch. Nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def forward(
     kv_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
     block_q, block_k = max(1, min(block_q, q_len)), max(1, min(block_k, k_len))
     if max(block_q, block_k) > LARGEST_BLOCK:
-        raise ValueError(f"the Triton kernel takes blocks of at most {LARGEST_BLOCK} tokens, got {block_q} and {block_k}")
+        raise ValueError(
+            f"the Triton kernel takes blocks of at most {LARGEST_BLOCK} tokens, got {block_q} and {block_k}"
+        )
     out = torch.empty(batch, heads, q_len, value_dim, dtype=query.dtype, device=query.device)
     if key_mask is not None:
         hidden = ~key_mask[:, None, :, None]
