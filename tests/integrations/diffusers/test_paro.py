@@ -200,3 +200,39 @@ def test_bad_settings():
         with pytest.raises(ValueError, match=message):
             hf_attn.calibrate(tiny.target, "paro", **{"calls": [tiny.call], **options})
     assert hf_attn.stats(tiny.target)["mechanism"] is None
+
+
+def test_the_command_line_writes_a_plan(tmp_path):
+    from typer.testing import CliRunner
+
+    from hf_attn.cli.app import app
+
+    tiny = build("wan")
+    tiny.target.save_pretrained(tmp_path / "pipe")
+    line = ["calibrate", "paro", str(tmp_path / "pipe"), "--output", str(tmp_path / "plan"), "--size", "32x48x9"]
+    line += [
+        "--steps",
+        "2",
+        "--block-size",
+        "4",
+        "--density",
+        "0.5",
+        "-c",
+        "max_sequence_length=16",
+        "-o",
+        "scope=head",
+    ]
+    done = CliRunner().invoke(app, line, env={"COLUMNS": "400"})
+    assert done.exit_code == 0, done.output
+    assert "calibrate 100%" in done.output and "2 layers x 2 heads, 2 mask sets" in done.output
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "plan"}
+    plan = hf_attn.load_plan(tiny.target, tmp_path / "plan", **OPTIONS)
+    assert plan.config.base_model == str(tmp_path / "pipe") and plan.config.settings["scope"] == "head"
+    tiny.run()
+    assert hf_attn.stats(tiny.target)["totals"]["fallbacks"] == 0
+    again = CliRunner().invoke(app, line, env={"COLUMNS": "400"})
+    assert again.exit_code == 2 and "plan" in again.output
+    line[line.index("32x48x9")] = "big"
+    line[line.index(str(tmp_path / "plan"))] = str(tmp_path / "other")
+    wrong = CliRunner().invoke(app, line, env={"COLUMNS": "400"})
+    assert wrong.exit_code == 2 and "--size must be HEIGHTxWIDTH" in wrong.output
