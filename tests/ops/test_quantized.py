@@ -151,3 +151,12 @@ def test_compiles_as_one_graph():
         lambda q, k, v: ops.quantized_block_attention(q, k, v, pattern) * 2, fullgraph=True, backend="aot_eager"
     )
     torch.testing.assert_close(run(query, key, value), 2 * ops.quantized_block_attention(query, key, value, pattern))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_stay_inside_half_precision(dtype, monkeypatch):
+    """Scores of 20: their exponentials are beyond float16."""
+    query, key, value, pattern = draw(11, density=1.0)
+    arguments = ((query * 5).to(dtype), (key * 5).to(dtype), value.to(dtype), pattern)
+    got, want = ops.quantized_block_attention(*arguments), reference(arguments, monkeypatch)
+    assert got.isfinite().all() and (got - want).abs().max() < 0.05

@@ -57,16 +57,20 @@ def forward(
     block_k = min(block_k, key.shape[2])
     tables = _Tables(query, key, value, block_k, q_group, k_group, qk_bits, pv_bits, scale)
     lists = _lists(indices, -(-key.shape[2] // block_k))
-    counts = (lists >= 0).sum(-1).tolist()
+    counts = (lists >= 0).sum(-1)
+    # Keys that the tiles really have: the last block may be shorter.
+    short = (lists == -(-key.shape[2] // block_k) - 1).any(-1) * (-key.shape[2] % block_k)
+    counts, sizes = counts.tolist(), (counts * block_k - short).tolist()
     for b in range(batch):
         hidden = None if key_mask is None else ~key_mask[b % key_mask.shape[0]]
         for h in range(heads):
             row, column = b % lists.shape[0], h * lists.shape[1] // heads
-            tables.select(b, h)
-            for number, count in enumerate(counts[row][column]):
-                if count:
-                    place = slice(number * block_q, min((number + 1) * block_q, q_len))
-                    tables.attend(place, lists[row, column, number, :count], hidden, out[b, h, place])
+            tiles = [
+                (slice(i * block_q, min((i + 1) * block_q, q_len)), lists[row, column, i, :count], size)
+                for i, (count, size) in enumerate(zip(counts[row][column], sizes[row][column], strict=True))
+                if count
+            ]
+            tables.head(b, h, tiles, hidden, out[b, h])
     return out.to(query.dtype)
 
 
@@ -79,6 +83,10 @@ def _lists(indices: Tensor, blocks: int) -> Tensor:
     twice[..., 1:] = lists[..., 1:] == lists[..., :-1]
     lists = lists.masked_fill(twice, blocks).sort(-1).values
     return torch.where(lists == blocks, -1, lists)
+
+
+# Rows of the query, key blocks ascending int64 [n], and their number of keys.
+Tile = tuple[slice, Tensor, int]
 
 
 class _Tables:
@@ -118,43 +126,44 @@ class _Tables:
             x = torch.nn.functional.pad(x, (0, 0, 0, padding))
         return x.reshape(*x.shape[:2], x.shape[2] // self.block, self.block * x.shape[3])
 
-    def select(self, b: int, h: int) -> None:
-        """The head that the next tiles are of."""
+    def head(self, b: int, h: int, tiles: list[Tile], hidden: Tensor | None, out: Tensor) -> None:
+        """Write the rows of `tiles` of one head: out `[Nq, Dv]`."""
         kv = h // self.group
         self.q, self.k, self.v = self.query[b, h], self.key[b, kv], self.value[b, kv]
         if self.qk_bits is not None:
-            self.q_factor = self.q_scale[b, h] * self.scale
+            self.q_factor = (self.q_scale[b, h] * self.scale).tolist()
             self.k_factor = self.k_scale[b, kv]
+        parts = self._scratch("parts", (len(out), out.shape[1]), self.product).zero_()
+        totals = self._scratch("totals", (len(out), 1), self.dtype).fill_(1)
+        plain = self.pv_bits is None and hidden is None and self.product != torch.float16
+        for tile in tiles:
+            self._attend(tile, hidden, plain, parts, totals)
+        if plain:
+            outside = ~((totals > 1 / _SAFE) & (totals < _SAFE))
+            if bool(outside.any()):
+                for tile in tiles:
+                    if bool(outside[tile[0]].any()):
+                        self._attend(tile, hidden, False, parts, totals)
+        torch.div(parts, totals.masked_fill_(totals == 0, 1), out=out)
 
-    def attend(self, rows: slice, blocks: Tensor, hidden: Tensor | None, out: Tensor) -> None:
-        """Write one tile: out `[rows, Dv]` over the keys of `blocks`, ascending int64 `[n]`."""
-        real = len(blocks) * self.block
-        last = int(blocks[-1])
-        real -= max((last + 1) * self.block - self.length, 0)
+    def _attend(self, tile: Tile, hidden: Tensor | None, plain: bool, parts: Tensor, totals: Tensor) -> None:
+        """One tile: unnormalised rows of `parts` `[Nq, Dv]` and of `totals` `[Nq, 1]`; maxima are subtracted unless
+        `plain`."""
+        rows, blocks, real = tile
         scores = self._scores(rows, blocks, real)
         if hidden is not None:
             token = (blocks[:, None] * self.block + torch.arange(self.block, device=blocks.device)).flatten()[:real]
             scores.masked_fill_(hidden[token], float("-inf"))
-        value = self._take("value", self.v, blocks, real)
-        plain = self.pv_bits is None and hidden is None
         if not plain:
             top = scores.amax(1, keepdim=True)
             scores.sub_(top.masked_fill_(top == float("-inf"), 0))
         weights = scores.exp_()
-        total = weights.sum(1, keepdim=True)
-        if plain:
-            low, high = (x.item() for x in total.aminmax())
-            if not (1 / _SAFE < low and high < _SAFE):
-                scores = self._scores(rows, blocks, real)
-                weights = scores.sub_(scores.amax(1, keepdim=True)).exp_()
-                total = weights.sum(1, keepdim=True)
+        torch.sum(weights, 1, keepdim=True, out=totals[rows])
         if self.pv_bits is not None:
             self._round(weights, len(blocks))
         if self.product != weights.dtype:
             weights = self._scratch("low", weights.shape, self.product).copy_(weights)
-        if not plain:
-            total = total.masked_fill(total == 0, 1)
-        torch.div(torch.mm(weights, value), total, out=out)
+        torch.mm(weights, self._take("value", self.v, blocks, real), out=parts[rows])
 
     def _scores(self, rows: slice, blocks: Tensor, real: int) -> Tensor:
         """`[rows, keys]`, scaled."""
