@@ -290,7 +290,6 @@ CALLS = (
     KernelCall("sink-window attention", *_WINDOW, _sink_window),
     KernelCall("quantised attention: int8 QK", *_QUANTIZED, _quantized(8, None), takes_bias=True),
     KernelCall("quantised attention: int8 QK and PV", *_QUANTIZED, _quantized(8, 8), takes_bias=True),
-    KernelCall("quantised attention: int8 PV", *_QUANTIZED, _quantized(None, 8)),
 )
 
 

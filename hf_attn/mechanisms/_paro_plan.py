@@ -63,7 +63,7 @@ class Reordering:
         if self.identity:
             return x
         batch, heads, length, dim = x.shape
-        if x.mT.is_contiguous() or not x.transpose(1, 2).is_contiguous():
+        if not x.transpose(1, 2).is_contiguous():
             return x.reshape(batch, heads * length, dim).index_select(1, self._by_head).view(x.shape)
         rows = x.transpose(1, 2).view(batch, length * heads, dim)
         return rows.index_select(1, self._by_token).view(batch, heads, length, dim)
