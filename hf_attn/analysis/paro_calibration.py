@@ -21,7 +21,7 @@ from hf_attn.checks import require_int, require_one_of, require_share
 from hf_attn.grid import AXIS_ORDERS
 from hf_attn.integrations.diffusers.geometry import row_of, site_modules
 from hf_attn.integrations.diffusers.model import install, remove, supported_models
-from hf_attn.integrations.diffusers.plan import ParoPlan, classes_of
+from hf_attn.integrations.diffusers.plan import ParoPlan, classes_of, package_version
 from hf_attn.mechanism import Mechanism
 from hf_attn.mechanisms.paroattention import (
     MECHANISM,
@@ -268,8 +268,6 @@ class _Maps:
 
     def plan(self, base_model: str | None) -> ParoPlan:
         """Orders, masks, and everything a loader has to check."""
-        from hf_attn import __version__
-
         missing = sorted(set(range(self.layers)) - set(self.shapes))
         if missing:
             raise ValueError(
@@ -283,7 +281,7 @@ class _Maps:
             base_model_class=self.classes, layer_shapes=[list(self.shapes[layer]) for layer in sorted(self.shapes)],
             block_size=self.options.block_size, timesteps=timesteps, step_groups=groups, density=self.options.density,
             settings={**vars(self.options), "samples": sum(self.counts.values())}, base_model=base_model,
-            version=__version__,
+            version=package_version(),
         )  # fmt: skip
         chosen: dict[int, list[Tensor]] = {}
         for layer in self.shapes:

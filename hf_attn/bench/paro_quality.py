@@ -18,6 +18,7 @@ from statistics import median
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from hf_attn import ops
 from hf_attn.grid import TokenGrid
@@ -58,7 +59,7 @@ def errors(query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid, density: 
         place = Reordering(grid, orders.tolist())
         moved = (place.apply(x) for x in (query, key, value))
         out = place.undo(ops.block_sparse_attention(*moved, pattern, scale=scale))
-        found.append((out - dense).norm(dim=(0, 2, 3)) / dense.norm(dim=(0, 2, 3)))
+        found.append(vector_norm(out - dense, dim=(0, 2, 3)) / vector_norm(dense, dim=(0, 2, 3)))
         densities.append(pattern.density())
     return found, densities
 
@@ -81,7 +82,7 @@ def _whole(query, key, value, grid, config) -> tuple[float, float]:
     (chosen, fhw), _ = errors(query, key, value, *options)
     sizes = {"block_q": config["block"], "block_k": config["block"], "q_len": grid.length, "k_len": grid.length}
     full = BlockPattern.full(**sizes)
-    norms = ops.block_sparse_attention(query, key, value, full, scale=options[3]).norm(dim=(0, 2, 3))
+    norms = vector_norm(ops.block_sparse_attention(query, key, value, full, scale=options[3]), dim=(0, 2, 3))
     return tuple(float((x * norms).norm() / norms.norm()) for x in (chosen, fhw))
 
 

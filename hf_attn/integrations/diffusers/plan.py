@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from os import PathLike
 from pathlib import Path
@@ -88,6 +89,14 @@ class ParoPlan(ModelMixin, ConfigMixin):
 
 def _stored_length(shape: LayerShape) -> int:
     return shape.frames * shape.height * shape.width + shape.before + max(shape.after, 0)
+
+
+def package_version() -> str | None:
+    """The installed version of this package."""
+    try:
+        return importlib.metadata.version("hf-attn")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_plan(plan: Any, models: dict[str, nn.Module]) -> None:
