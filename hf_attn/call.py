@@ -181,6 +181,7 @@ class LayerContext:
         timestep: the scheduler's value at this step.
         head_offset: number of the call's first query head in the layer, where heads are spread over processes.
         training: the module's training flag.
+        number: number of the layer among those of all models of a pipeline; `None` when the host does not say.
         record: takes what happened, as keywords (`path`, `density`, `reason`, ...), for `hf_attn.stats`.
     """
 
@@ -193,6 +194,7 @@ class LayerContext:
     timestep: float | None = None
     head_offset: int = 0
     training: bool = False
+    number: int | None = None
     record: Callable[..., None] = field(default=_drop)
 
     @property

@@ -125,15 +125,51 @@ def compare(pipe: Any, name: str, call: dict[str, Any], *, path: str | PathLike 
 
 
 def calibrate(target: Any, name: str, **options: Any) -> Any:
-    """Measure on real text, without training, what mechanism `name` needs to know about `target`.
+    """Measure on real inputs, without training, what mechanism `name` needs to know about `target`.
 
-    "lserve": which KV heads look far back; options and result: `hf_attn.analysis.head_classes.calibrate_heads`. The
-    target is left as it was. Raises ValueError for names without a calibration.
+    "lserve": which KV heads look far back; options and result: `hf_attn.analysis.head_classes.calibrate_heads`.
+    "paro" (or "paroattention"), for diffusers: axis orders and block masks; options and result:
+    `hf_attn.analysis.paro_calibration.calibrate_paro`. The target is left as it was. Raises ValueError for names
+    without a calibration.
     """
     _integration(target, "calibrate")
     from hf_attn.analysis.calibration import calibrate as run
 
     return run(target, name, **options)
+
+
+def load_plan(
+    target: Any, path_or_repo: str | PathLike, *, loading: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    """Let a diffusers pipeline or model use a calibrated plan of a folder or Hub repository; returns the plan.
+
+    Args:
+        path_or_repo: what `save_plan` wrote, or a pipeline with a plan in its folder "sparse_attention".
+        loading: arguments of `from_pretrained` (`subfolder`, `revision`, `token`, ...).
+        options: options of the mechanism, as `apply` takes them (`dense_steps`, `min_tokens`, `qk_bits`, ...).
+
+    Raises ValueError when the plan was made for another model class, number of layers or heads, when there is no plan,
+    and when a mechanism is applied already. Another grid or text length shows when the pipeline is called: such calls
+    run dense with one warning, or raise under `strict=True`.
+    """
+    _integration(target, "load_plan")
+    from hf_attn.integrations.diffusers import plan
+
+    return plan.load_plan(target, path_or_repo, options=options, **(loading or {}))
+
+
+def save_plan(target: Any, path: str | PathLike, **options: Any) -> None:
+    """Write the plan that a diffusers pipeline or model uses (or a plan itself) to a folder.
+
+    Args:
+        options: arguments of `save_pretrained` (`push_to_hub=True`, `repo_id=`, ...).
+
+    Raises ValueError when there is no plan.
+    """
+    _integration(target, "save_plan")
+    from hf_attn.integrations.diffusers import plan
+
+    plan.save_plan(target, path, **options)
 
 
 def enable_continuous_batching() -> None:

@@ -232,6 +232,17 @@ def _pyramid(shape: Shape) -> tuple[Any, ...]:
     return *shape.tensors(), levels, None, 128, 128, shape.causal, shape.scale, "replicate"
 
 
+def _quantized(qk_bits: int | None, pv_bits: int | None, block: int = 64) -> Callable[[Shape], tuple[Any, ...]]:
+    def arguments(shape: Shape) -> tuple[Any, ...]:
+        query, key, value = shape.tensors()
+        blocks = -(-shape.k_len // block)
+        lists = shape.lists(-(-shape.q_len // block), blocks, max(2, blocks // 8))
+        mask = torch.ones(1, shape.k_len, dtype=torch.bool, device=shape.device) if shape.bias else None
+        return query, key, value, lists, mask, block, block, 32, 64, qk_bits, pv_bits, shape.scale
+
+    return arguments
+
+
 def _backward(op: str, tensors: int, forward: Callable[[Shape], tuple[Any, ...]]) -> Callable[[Shape], tuple[Any, ...]]:
     """Arguments of a backward op: gradients, the first `tensors` arguments of the forward, its results, its options."""
 
@@ -257,6 +268,7 @@ _STATISTICS = "paged.triton_op:page_statistics", "paged.op:page_statistics"
 _PAGE_SCORES = "paged.triton_op:page_scores", "paged.op:page_scores"
 _WINDOW = "windowed.triton_op:sink_window_attention", "windowed.op:sink_window_attention"
 _PYRAMID = "pyramid.triton_op:pyramid_attention", "pyramid.op:pyramid_attention"
+_QUANTIZED = "quantized.triton_op:quantized_block_attention", "quantized.op:quantized_block_attention"
 _sparse_gradients = _backward(_SPARSE[0], 6, _block_sparse())
 _routed_gradients = _backward(_ROUTED[0], 5, _routed())
 
@@ -286,6 +298,8 @@ CALLS = (
     KernelCall("paged attention: int4, ring", *_PAGED, _ring),
     KernelCall("sink-window attention", *_WINDOW, _sink_window),
     KernelCall("pyramid attention", *_PYRAMID, _pyramid),
+    KernelCall("quantised attention: int8 QK", *_QUANTIZED, _quantized(8, None), takes_bias=True),
+    KernelCall("quantised attention: int8 QK and PV", *_QUANTIZED, _quantized(8, 8), takes_bias=True),
 )
 
 

@@ -1,4 +1,4 @@
-"""`hf-attn calibrate MECHANISM MODEL`: measure on real text what a mechanism needs, and write a folder for the Hub."""
+"""`hf-attn calibrate MECHANISM MODEL`: measure what a mechanism needs, and write a folder for the Hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ calibrate = typer.Typer(no_args_is_help=True)
 
 @calibrate.callback()
 def _group() -> None:
-    """Measure on real text what a mechanism needs, and write a folder for the Hub. No training.
+    """Measure what a mechanism needs on real text or in real generations; write a folder for the Hub. No training.
 
     Example: `hf-attn calibrate lserve HuggingFaceTB/SmolLM2-135M-Instruct --output heads`
     """
@@ -104,6 +104,73 @@ def lserve(
         if duo is not None:
             save_duo_heads(duo, found)
         _report(output, found, sparsity, metrics)
+
+
+@calibrate.command("paro")
+def paro(
+    pipeline: str = typer.Argument(..., help="Hub id or folder of a diffusers pipeline."),
+    output: Path = typer.Option(..., "--output", help="New folder for the plan."),
+    prompt: list[str] = typer.Option([], "--prompt", help="A prompt of a generation; repeat it for more."),
+    size: str = typer.Option(..., "--size", help="HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES: a plan fits this size only."),
+    steps: int = typer.Option(30, min=1, help="Denoising steps."),
+    density: float = typer.Option(0.3, min=0, max=1, help="Share of the attention blocks to keep."),
+    block_size: int = typer.Option(64, min=1, help="Tokens per block."),
+    row_sample: float = typer.Option(1.0, min=0, max=1, help="Share of the rows of each attention map to read."),
+    checkpoint: Path = typer.Option(None, help="Folder of what was measured so far; default OUTPUT.part."),
+    dtype: str = typer.Option("auto", help="bfloat16, float16 or float32; auto is bfloat16 on a GPU."),
+    option: list[str] = typer.Option([], "--option", "-o", help="NAME=VALUE: order_rule, scope, mask_groups, ..."),
+    call: list[str] = typer.Option([], "--call", "-c", help="NAME=VALUE for the pipeline's call; repeatable."),
+) -> None:
+    """Find axis orders and block masks of PAROAttention from dense generations, and write a plan.
+
+    A calibration that was killed goes on where it was when the same line is given again.
+
+    Example: `hf-attn calibrate paro Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 480x832x81 --output wan-480p`
+    """
+    with one_clear_line():
+        refuse_existing(output)
+        import torch
+        from diffusers import DiffusionPipeline
+
+        arguments = {**_size(size), "num_inference_steps": steps, **parse_options(call)}
+        if dtype not in ("auto", "bfloat16", "float16", "float32"):
+            raise ValueError(f"--dtype must be auto, bfloat16, float16 or float32, got {dtype!r}")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        name = ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype
+        pipe = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=getattr(torch, name)).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        prompts = prompt or ["A red fox runs through fresh snow, the camera follows."]
+        work = checkpoint or output.with_name(output.name + ".part")
+        with progress_line("calibrate") as progress:
+            plan = hf_attn.calibrate(
+                pipe,
+                "paro",
+                prompts=prompts,
+                call=arguments,
+                density=density,
+                block_size=block_size,
+                row_sample=row_sample,
+                checkpoint=work,
+                progress=progress,
+                base_model=pipeline,
+                **parse_options(option),
+            )
+        hf_attn.save_plan(plan, output)
+        if checkpoint is None and work.is_dir() and not any(work.iterdir()):
+            work.rmdir()
+    groups, layers, heads = plan.block_mask.shape[:3]
+    moved = int((plan.order > 0).sum())
+    console.print(f"{layers} layers x {heads} heads, {groups} mask sets; {moved} heads leave the order FHW")
+    console.print(f"wrote {output}")
+
+
+def _size(text: str) -> dict[str, int]:
+    """Height, width and frames of "480x832x81"."""
+    try:
+        height, width, *frames = map(int, text.split("x"))
+    except ValueError:
+        raise ValueError(f"--size must be HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES, got {text!r}") from None
+    return {"height": height, "width": width, **({"num_frames": frames[0]} if frames else {})}
 
 
 def _windows(sink: int, local: int) -> dict[str, Any]:

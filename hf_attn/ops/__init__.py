@@ -28,6 +28,7 @@ from hf_attn.ops.pyramid import (  # noqa: E402
     select_levels,
     similarity_cap,
 )
+from hf_attn.ops.quantized import quantized_block_attention  # noqa: E402
 from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
 from hf_attn.ops.selection import select_blocks  # noqa: E402
 from hf_attn.ops.selective import selective_attention  # noqa: E402
@@ -50,6 +51,7 @@ __all__ = [
     "path_counts",
     "pyramid_attention",
     "pyramid_pairs",
+    "quantized_block_attention",
     "reset_path_counts",
     "routed_block_attention",
     "select_blocks",

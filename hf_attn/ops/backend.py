@@ -25,6 +25,7 @@ TRITON_OPS = frozenset(
         "page_statistics",
         "paged_attention",
         "pyramid_attention",
+        "quantized_block_attention",
         "routed_block_attention",
         "select_blocks",
         "select_routes",

@@ -58,7 +58,7 @@ def block_sparse_attention(
     query, key, value = autocast(query, key, value)
     check_qkv(query, key, value)
     path = choose_path("block_sparse_attention", query, query.shape[3], value.shape[3])
-    _check_pattern(pattern, query, key)
+    check_pattern(pattern, query, key)
     if key_bias is not None:
         key_bias = _check_key_bias(key_bias, query, key)
     index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
@@ -80,7 +80,8 @@ def _path(path: Path) -> Callable[..., tuple[Tensor, Tensor]]:
     return op.run_reference if path == "reference" else op.block_sparse_attention
 
 
-def _check_pattern(pattern: BlockPattern, query: Tensor, key: Tensor) -> None:
+def check_pattern(pattern: BlockPattern, query: Tensor, key: Tensor) -> None:
+    """Raise TypeError or ValueError unless the pattern was made for tensors of these shapes."""
     if not isinstance(pattern, BlockPattern):
         raise TypeError(
             f"pattern must be a hf_attn.pattern.BlockPattern, got {type(pattern).__name__}; "

@@ -149,6 +149,7 @@ def _run(
     layer = LayerContext(
         index=site.index,
         count=site.count,
+        number=site.number,
         step=state.step,
         num_steps=state.num_steps,
         timestep=state.timestep,

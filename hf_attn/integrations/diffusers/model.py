@@ -13,6 +13,7 @@ from hf_attn.integrations.diffusers import stats as counters
 from hf_attn.integrations.diffusers.backends import check_parallel
 from hf_attn.integrations.diffusers.geometry import MODELS, grid_modules, row_of, site_modules
 from hf_attn.integrations.diffusers.hooks import GridHook, RootHook, add_step_hook, remove_step_hook
+from hf_attn.integrations.diffusers.plan import check_plan
 from hf_attn.integrations.diffusers.processors import SiteProcessor, can_stand_in, set_processor, site_processor
 from hf_attn.integrations.diffusers.state import PipelineState, Site
 from hf_attn.mechanism import DiffusionConfig, Mechanism, get_mechanism, mechanism_names
@@ -33,9 +34,14 @@ def apply(target: Any, name: str, **options: Any) -> Any:
     Raises, and changes nothing: TypeError for a model without supported class; ValueError for unknown names, options,
     values or layers, when a mechanism is applied already, and under ring attention.
     """
-    mechanism, config = checked(name, options, model_id(target))
+    return install(target, *checked(name, options, model_id(target)))
+
+
+def install(target: Any, mechanism: Mechanism, config: DiffusionConfig) -> Any:
+    """`apply` with a mechanism and its options as objects."""
     models = supported_models(target)
     _refuse(target, models, config)
+    check_plan(getattr(config, "plan", None), models)
     state = PipelineState(mechanism, config, target)
     for component, model in models.items():
         prefix = f"{component}." if len(models) > 1 else ""
@@ -192,7 +198,7 @@ def _install(model: nn.Module, state: PipelineState, component: str, prefix: str
     sites = site_modules(model, row)
     for index, (path, attention) in enumerate(sites.items()):
         options = state.config.for_layer(index, len(sites))
-        site = Site(prefix + path, component, index, len(sites), row, options)
+        site = Site(prefix + path, component, index, len(sites), row, options, number=len(state.sites))
         state.sites.append(site)
         owner = max((name for name in numbers if path.startswith(name)), key=len)
         set_processor(attention, site_processor(attention.processor, state, site, numbers[owner]))

@@ -32,6 +32,7 @@ class Site:
         name: its path in the model, after the component's name where a pipeline has several models.
         component: its model's name in the pipeline, "" without one.
         index, count: its number among the model's sites, and their number.
+        number: its number among the sites of all models of the pipeline.
         row: its model's row of the table.
         options: what the mechanism's options are here, None = dense.
         backend: the diffusers backend that the user set on the module, for its dense calls.
@@ -44,6 +45,7 @@ class Site:
     row: ModelRow
     options: DiffusionConfig | None
     backend: Any = None
+    number: int = 0
     stats: SiteStats = field(default_factory=SiteStats)
     _at: dict[float | None, DiffusionConfig] = field(default_factory=dict, repr=False)
 

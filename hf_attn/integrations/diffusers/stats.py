@@ -80,6 +80,7 @@ class CallRecord:
     stats: SiteStats
     step: int | None
     reason: str | None = None
+    fallback: bool = False
 
     def __call__(
         self,
@@ -88,12 +89,16 @@ class CallRecord:
         computed: float | Tensor | None = None,
         visible: float | Tensor | None = None,
         reason: str | None = None,
+        fallback: bool = False,
     ) -> None:
-        """As `LayerStats.record` of the transformers integration: the same keywords, the same meaning."""
+        """As `LayerStats.record` of the transformers integration: the same keywords, the same meaning.
+
+        `fallback`: the reason is that the call did not fit what the mechanism was given.
+        """
         if path is not None:
             self.stats.paths[path] += 1
         if reason is not None:
-            self.reason = reason
+            self.reason, self.fallback = reason, fallback
         if computed is not None and visible is not None:
             self.stats.pairs.add(computed, visible)
             self.stats.by_step.setdefault(self.step, Pairs()).add(computed, visible)
@@ -103,7 +108,7 @@ class CallRecord:
         if self.reason is None:
             self.stats.sparse += 1
         else:
-            count_reason(self.stats.dense, self.reason)
+            count_reason(self.stats.fallbacks if self.fallback else self.stats.dense, self.reason)
 
 
 def count_reason(reasons: Counter[str], reason: str) -> None:

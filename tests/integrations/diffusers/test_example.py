@@ -33,3 +33,15 @@ def test_the_example_runs(name, size, mechanism, tmp_path, monkeypatch, capsys):
     calls = 4 * tiny.branches
     assert f"layer 0: {calls * 3 // 4} sparse calls at density" in printed
     assert f"{calls // 4} dense: dense_steps=0.25" in printed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_plan_example_calibrates_saves_and_loads(tmp_path, monkeypatch, capsys):
+    build("wan").target.save_pretrained(tmp_path / "pipe")
+    plan = tmp_path / "plan"
+    options = ["--size", "32x48x9", "--steps", "4", "--density", "0.5", "--block-size", "4", "--bits", "8"]
+    monkeypatch.setattr(sys, "argv", ["paro", "--model", str(tmp_path / "pipe"), "--plan", str(plan), *options])
+    for _ in range(2):  # the second time the plan is there
+        runpy.run_path(str(SCRIPT.with_name("paro_plan.py")))
+        assert (plan / "config.json").is_file()
+        assert "layer 1: 6 sparse calls at density" in capsys.readouterr().out

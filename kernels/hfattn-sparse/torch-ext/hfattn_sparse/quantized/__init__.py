@@ -1,0 +1,1 @@
+"""Block-sparse attention with low-bit matrix products."""
