@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 from torch import SymInt
@@ -33,3 +34,9 @@ def require_share(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a number in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise FileExistsError when `folder` is a file or holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already and is never overwritten; choose another folder or remove it")

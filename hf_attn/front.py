@@ -83,6 +83,36 @@ def load_adapter(base: Any, adapter: str | PathLike, *, load: dict[str, Any] | N
     return run(base, adapter, load=load, **options)
 
 
+def set_card(model: Any, **facts: Any) -> None:
+    """Say what the model card of a converted model, or of its adapter, shall tell; saved in its config.
+
+    Args:
+        facts: `trained`, `data`, `lengths`, `license`, `base_model` (strings) and `metrics`, rows
+            `{name: {"dense": x, "before": x, "after": x}}`: the base, the converted model and the trained one.
+
+    `save_pretrained` of adapters, `push_to_hub`, `hf-attn card` and `hf-attn push` write the card. Raises ValueError
+    for other models, unknown names and metrics of another form.
+    """
+    from hf_attn.models.cards import set_card as run
+
+    run(model, **facts)
+
+
+def push(folder: str | PathLike, repo: str, *, private: bool = False, **facts: Any) -> str:
+    """Push a folder with a converted model, or an adapter of one, with a filled card; returns the address.
+
+    Args:
+        repo: Hub id; made when it does not exist.
+        facts: as in `set_card`, for the card.
+
+    Raises ValueError, before anything is sent, for an incomplete folder, weights that are no safetensors, and a card
+    that lacks something.
+    """
+    from hf_attn.models.pushing import push as run
+
+    return run(folder, repo, private=private, **facts)
+
+
 def remove(target: Any) -> Any:
     """Undo `apply`: everything as it was before. Returns `target`."""
     return _integration(target, "remove").remove(target)

@@ -34,6 +34,15 @@ def sparse_path(monkeypatch):
     monkeypatch.setenv("HF_ATTN_BACKEND", "torch")
 
 
+@pytest.fixture(scope="module")
+def loopback(tmp_path_factory):
+    """(a Hub on this machine, variables of processes that use it); see tests/loopback_hub.py."""
+    from tests.loopback_hub import Hub, environment
+
+    with Hub() as hub:
+        yield hub, environment(hub, tmp_path_factory.mktemp("home"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A tiny random Llama with a byte-level tokenizer, saved as a user would have it."""

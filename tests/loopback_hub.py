@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
@@ -46,6 +50,33 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
 
 
+def _entry(name: str, data: bytes) -> dict[str, object]:
+    entry: dict[str, object] = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    if name.endswith(".safetensors"):
+        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 128}
+    return entry
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """Variables of a process of its own that takes `hub` for the Hub and `home` for its cache."""
+    return {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": "hf_dummy",
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+def run_python(code: str, environment: dict[str, str], fails: bool = False) -> str:
+    """Standard output of a fresh process, or its standard error where it is expected to fail."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done.stderr if fails else done.stdout
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
@@ -62,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
             if repo is None:
                 return None
             if "/tree/" in path:
-                return self._json([{"type": "file", "path": n, "size": len(d)} for n, d in repo.files.items()])
+                return self._json([_entry(name, data) for name, data in repo.files.items()])
             siblings = [{"rfilename": name} for name in repo.files]
             return self._json({"id": match[1], "sha": repo.sha, "siblings": siblings, "private": False, "tags": []})
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):

@@ -121,6 +121,7 @@ def test_every_kernel_is_in_the_wheel():
         source = f"kernels/{build.parent.name}/torch-ext/{name}"
         assert included.get(source) == f"hf_attn/ops/{name}", f"{source} is not in the wheel"
         assert (ROOT / source / "__init__.py").is_file()
+    assert included.pop("model_cards") == "hf_attn/integrations/hub/templates"
     assert len(included) == len(list((ROOT / "kernels").glob("*/build.toml"))) > 0
 
 

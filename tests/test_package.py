@@ -57,6 +57,7 @@ def test_wheel_holds_the_kernels_and_nothing_foreign(wheel):
         "hf_attn/ops/hfattn_sparse/launch_table.json",
         "hf_attn/ops/hfattn_sparse/routed/reference.py",
         "hf_attn/mechanisms/moba.py",
+        *(f"hf_attn/integrations/hub/templates/{card.name}" for card in (ROOT / "model_cards").glob("*.md")),
     ):
         assert needed in names
     top = {name.split("/")[0] for name in names}

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_attn.analysis.head_classes import HeadCalibration
+from hf_attn.checks import refuse_existing
 from hf_attn.integrations.hub.names import hub_id
 from hf_attn.mechanism import parse_config
 from hf_attn.mechanisms.lserve import classify_heads
@@ -106,12 +107,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise FileExistsError when `folder` is a file or holds anything."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already and is never overwritten; choose another folder or remove it")
 
 
 def _umask() -> int:

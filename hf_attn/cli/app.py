@@ -7,8 +7,10 @@ import typer
 from hf_attn.cli.bench import bench
 from hf_attn.cli.build_kernels import build_kernels
 from hf_attn.cli.calibrate import calibrate
+from hf_attn.cli.convert import convert
 from hf_attn.cli.demo import demo
 from hf_attn.cli.doctor import doctor
+from hf_attn.cli.hub import card, push
 from hf_attn.cli.listing import list_command
 from hf_attn.cli.recipe import recipe
 from hf_attn.cli.tune import tune
@@ -24,6 +26,9 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("list")(list_command)
 app.command("doctor")(doctor)
+app.command("convert")(convert)
+app.command("card")(card)
+app.command("push")(push)
 app.command("tune")(tune)
 app.command("build-kernels")(build_kernels)
 app.command("recipe", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(recipe)

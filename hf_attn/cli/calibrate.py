@@ -12,7 +12,6 @@ import hf_attn
 from hf_attn.analysis.head_classes import HeadCalibration
 from hf_attn.analysis.head_files import (
     load_heads,
-    refuse_existing,
     retrieval_heads,
     save_duo_heads,
     save_head_folder,
@@ -20,6 +19,7 @@ from hf_attn.analysis.head_files import (
 from hf_attn.analysis.texts import read_texts, token_windows
 from hf_attn.bench.head_classes import perplexity
 from hf_attn.bench.models import SMOLLM2, load_language_model
+from hf_attn.checks import refuse_existing
 from hf_attn.cli.common import console, one_clear_line, parse_options, progress_line
 
 calibrate = typer.Typer(no_args_is_help=True)

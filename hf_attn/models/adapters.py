@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_attn.integrations.peft import hooks
 from hf_attn.integrations.peft.wrapping import base_weight
+from hf_attn.models.cards import is_generated, write_model_card
 from hf_attn.models.conversion import (
     around,
     base_config,
@@ -27,6 +28,7 @@ from hf_attn.models.conversion import (
     set_weights,
 )
 from hf_attn.models.fingerprint import fingerprint, same_values
+from hf_attn.models.pushing import push_card
 from hf_attn.models.record import RECORD, is_new, read_record
 
 FILE = "hf_attn.json"
@@ -36,8 +38,8 @@ _FORMAT = 1
 
 
 def install() -> None:
-    """From now on PEFT's own `save_pretrained` writes `hf_attn.json`, and its loading of adapters refuses wrong bases."""
-    hooks.install(_after_save, _before_load)
+    """From now on PEFT itself writes `hf_attn.json` when it saves, and refuses wrong bases when it loads adapters."""
+    hooks.install(_after_save, _before_load, _before_push)
 
 
 def save_adapter(model: Any, folder: str | os.PathLike, **options: Any) -> None:
@@ -83,10 +85,17 @@ def describe(model: nn.Module, adapter: str | None = None) -> tuple[dict[str, An
     found = {name: base_weight(model, name, adapter) for name in new}
     return {
         "format": _FORMAT,
-        "conversion": {"name": record["name"], "options": record["options"], "fields": record["fields"]},
+        "conversion": {
+            "name": record["name"],
+            "options": record["options"],
+            "fields": record["fields"],
+            "new_weights": record["new_weights"],
+        },
+        "card": record.get("card", {}),
         "base": {
             "type": record["base_type"],
             "name": record["base_model"],
+            "length": getattr(model.config, "max_position_embeddings", None),
             "fingerprint": _base_fingerprint(model, record, shapes),
         },
         "trained": sorted({name.rpartition(".")[0] for name, (_, saved) in found.items() if saved}),
@@ -259,6 +268,9 @@ def _after_save(model: Any, folder: Path, adapter: str) -> None:
     if weights:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n")
+    card = folder / "README.md"
+    if not card.is_file() or is_generated(card.read_text(encoding="utf-8")):
+        write_model_card(folder)
 
 
 def _before_load(model: Any, adapter: str, options: dict[str, Any]) -> None:
@@ -275,3 +287,11 @@ def _before_load(model: Any, adapter: str, options: dict[str, Any]) -> None:
             f"{type(base).__name__} its new weights would be lost; use hf_attn.load_adapter(base, {adapter!r})"
         )
     _check_record(about, record, _name(base))
+
+
+def _before_push(model: Any, repo: str, options: dict[str, Any]) -> None:
+    """Give the repository of an adapter its card."""
+    if read_record(model.get_base_model().config) is None or options.get("create_pr"):
+        return
+    about = json.dumps(describe(model.get_base_model(), model.active_adapter)[0])
+    push_card(lambda folder: (folder / FILE).write_text(about), repo, options)

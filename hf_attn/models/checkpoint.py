@@ -7,11 +7,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hf_attn.models import adapters
+from hf_attn.models.record import RECORD
 
 THIN_MODULE = "modeling_hf_attn"
 
 # The first config of a family of ours is also the first moment at which an adapter of ours can exist.
 adapters.install()
+
+
+class CardOnPush:
+    """Mixin of our models: `push_to_hub` also gives the repository a filled card, unless it has one of its own."""
+
+    def push_to_hub(self, repo_id: str, *arguments: Any, **options: Any) -> Any:
+        """As in transformers, and the card. Pull requests and models that were not converted get none."""
+        if getattr(self.config, RECORD, None) and not options.get("create_pr"):
+            from hf_attn.models.pushing import push_card
+
+            push_card(self.config.save_pretrained, repo_id, options)
+        return super().push_to_hub(repo_id, *arguments, **options)
 
 
 class ThinFileConfig:

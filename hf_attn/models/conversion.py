@@ -239,11 +239,16 @@ def share_weights(
         like = next(
             p for near in [*around, target] for p in near.parameters() if not p.is_meta and p.is_floating_point()
         )
-        module.to_empty(device=like.device, recurse=False)
-        module.to(like.dtype)
-        initialise = getattr(target, "_init_weights", None)
-        initialise(module) if initialise else module.reset_parameters()
+        materialise(target, module, like.device, like.dtype)
     set_weights(target, weights or {})
+
+
+def materialise(model: nn.Module, module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Give a module on the meta device memory, and initialise it as the class of `model` does."""
+    module.to_empty(device=device, recurse=False)
+    module.to(dtype)
+    initialise = getattr(model, "_init_weights", None)
+    initialise(module) if initialise else module.reset_parameters()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from hf_attn.integrations.transformers.key_history import key_history
+from hf_attn.models.checkpoint import CardOnPush
 from hf_attn.nn.key_convolution import KeyConvolution
 
 
@@ -77,7 +78,7 @@ class KeyConvolutionAttention:
         return key_out
 
 
-class KeyConvolutionModel:
+class KeyConvolutionModel(CardOnPush):
     """The base model: it builds the convolutions and tells every layer which tokens are neighbours."""
 
     attention_class: type
@@ -119,7 +120,7 @@ class KeyConvolutionModel:
         return super().forward(input_ids, attention_mask, position_ids, *arguments, **kwargs)
 
 
-class KeyConvolutionForCausalLM:
+class KeyConvolutionForCausalLM(CardOnPush):
     """The language model around a base model with key convolutions."""
 
     model_class: type

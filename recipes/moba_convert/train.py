@@ -117,10 +117,17 @@ def main() -> None:
     if schedule["full_attention_after"] is not None:
         trainer.add_callback(AttentionSwitch(schedule["full_attention_after"]))
     measured["moba, trained"] = train_and_measure(trainer, output / "moba")
+    if convert.get("kconv_width"):
+        names = {"dense": "dense", "before": "moba, not trained", "after": "moba, trained"}
+        row = {column: measured[name] for column, name in names.items()}
+        what = (
+            f"LoRA on {', '.join(options['lora']['target_modules'])}, and the convolutions"
+            if options["lora"]
+            else "all"
+        )
+        data = f"{len(train)} rows of {options['length']} tokens of the Python language reference"
+        hf_attn.set_card(trainer.model, trained=what, data=data, metrics={"held-out loss": row})
     trainer.save_model(str(output / "result"))
-    if options["lora"]:
-        # An adapter on the plain base would lose the convolution without a word, so its own base goes with it.
-        trainer.model.get_base_model().config.save_pretrained(output / "result" / "base_config")
 
     # 4. The same training without MoBA: what part of the gain is the text?
     if options["compare_dense"]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 
@@ -15,7 +13,6 @@ import hf_attn
 from hf_attn.models.conversion import enable_checkpointing, get_conversion
 from tests.budget import assert_as_good_as_eager
 from tests.integrations.transformers.tiny import tokens
-from tests.loopback_hub import Hub
 from tests.models.families import HOSTS, MOBA, host
 
 peft = pytest.importorskip("peft")
@@ -89,61 +86,6 @@ def test_folder_round_trip(model_type, tmp_path):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     base = AutoModel.from_pretrained(tmp_path / "first")
     assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
-
-
-FRESH = """
-import sys, torch
-{imports}
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({name!r}{options})
-assert "hf_attn" in sys.modules
-ids = torch.arange(3, 40)[None]
-print(type(model).__module__, type(model).__name__, float(model(ids).logits.double().sum().detach()))
-{then}
-"""
-
-
-def fresh(environment: dict[str, str], name: str, imports: str = "", options: str = "", then: str = "") -> list[str]:
-    """Module, class and a checksum of the logits in a process of its own."""
-    code = FRESH.format(imports=imports, name=name, options=options, then=then)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1].split()
-
-
-def test_hub_round_trip_with_and_without_importing_the_package(tmp_path):
-    """Pushed, then loaded in fresh processes: by `import hf_attn`, and by trust_remote_code through the thin file."""
-    model = hf_attn.convert(host("llama"), "moba", **MOBA)
-    train_a_little(model)
-    model.save_pretrained(tmp_path / "mine")
-    want = float(model(torch.arange(3, 40)[None]).logits.double().sum().detach())
-    with Hub() as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_TOKEN": "hf_dummy",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-        }
-        push = 'model.push_to_hub("me/mine")'
-        local = fresh(environment, str(tmp_path / "mine"), "import hf_attn", then=push)
-        files = hub.repos["me/mine"].files
-        assert {"config.json", "modeling_hf_attn.py", "model.safetensors"} <= set(files)
-        auto_map = json.loads(files["config.json"])["auto_map"]
-        assert auto_map["AutoModelForCausalLM"] == "modeling_hf_attn.MobaLlamaForCausalLM"
-        plain = fresh(environment, "me/mine", "import hf_attn")
-        push = 'model.push_to_hub("me/again")'
-        trusted = fresh(environment, "me/mine", options=", trust_remote_code=True", then=push)
-        again = hub.repos["me/again"].files
-    # The thin file imports the package, and its class carries the name of a registered one: that one is used.
-    assert local[0] == plain[0] == trusted[0] == "hf_attn.models.moba.modeling_moba"
-    for found in (local, plain, trusted):
-        assert found[1] == "MobaLlamaForCausalLM" and float(found[2]) == pytest.approx(want, rel=1e-5)
-    # Loaded through the thin file and saved: still the thin file, and nothing of this package.
-    assert again["modeling_hf_attn.py"] == files["modeling_hf_attn.py"]
-    assert json.loads(again["config.json"])["auto_map"] == auto_map
-    assert [name for name in again if name.endswith(".py")] == ["modeling_hf_attn.py"]
 
 
 def test_lora_trains_the_convolution_and_reloads(tmp_path):

@@ -8,7 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-TEMPLATES = Path(__file__).with_name("templates")
+# A wheel has the folder model_cards/ of the source tree here.
+_PACKAGED = Path(__file__).with_name("templates")
+TEMPLATES = _PACKAGED if any(_PACKAGED.glob("*.md")) else Path(__file__).resolve().parents[3] / "model_cards"
 _REQUIRED = ("license", "library_name", "tags")
 
 
@@ -16,7 +18,7 @@ def write_card(file: Path, template: str, data: dict[str, Any], **fields: Any) -
     """Write a card to `file` and check it.
 
     Args:
-        template: file in `templates/` without its ending.
+        template: file in `model_cards/` without its ending.
         data: metadata of the card, as `ModelCardData` takes it; entries that are None are left out.
         fields: every name the template uses except `card_data`.
 

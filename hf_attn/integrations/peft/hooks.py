@@ -1,6 +1,6 @@
-"""Two methods of PeftModel also tell us: after an adapter was saved, and before one is loaded.
+"""Three methods of PeftModel also tell us: after an adapter was saved, and before one is loaded or pushed.
 
-Installed when the first converted model of a process comes into being, never by `import hf_attn` alone. Both act on
+Installed when the first converted model of a process comes into being, never by `import hf_attn` alone. They act on
 adapters of converted models only.
 """
 
@@ -16,8 +16,13 @@ from typing import Any
 _MARK = "_hf_attn_original"
 
 
-def install(after_save: Callable[[Any, Path, str], None], before_load: Callable[[Any, str, dict], None]) -> None:
-    """Call `after_save(peft_model, folder, adapter)` and `before_load(peft_model, adapter repository, options)`.
+def install(
+    after_save: Callable[[Any, Path, str], None],
+    before_load: Callable[[Any, str, dict], None],
+    before_push: Callable[[Any, str, dict], None],
+) -> None:
+    """Call `after_save(model, folder, adapter)`, `before_load(model, adapter's repository, options)` and
+    `before_push(model, repository, options)`.
 
     Harmless when repeated, and without PEFT.
     """
@@ -27,7 +32,7 @@ def install(after_save: Callable[[Any, Path, str], None], before_load: Callable[
 
     if hasattr(PeftModel.save_pretrained, _MARK):
         return
-    save, load = PeftModel.save_pretrained, PeftModel.load_adapter
+    save, load, push = PeftModel.save_pretrained, PeftModel.load_adapter, PeftModel.push_to_hub
 
     @functools.wraps(save)
     def save_pretrained(self, save_directory, *arguments, **options):
@@ -42,16 +47,21 @@ def install(after_save: Callable[[Any, Path, str], None], before_load: Callable[
         before_load(self, os.fspath(model_id), options)
         return load(self, model_id, *arguments, **options)
 
-    setattr(save_pretrained, _MARK, save)
-    setattr(load_adapter, _MARK, load)
-    PeftModel.save_pretrained, PeftModel.load_adapter = save_pretrained, load_adapter
+    @functools.wraps(push)
+    def push_to_hub(self, repo_id, *arguments, **options):
+        before_push(self, repo_id, options)
+        return push(self, repo_id, *arguments, **options)
+
+    for wrapper, original in ((save_pretrained, save), (load_adapter, load), (push_to_hub, push)):
+        setattr(wrapper, _MARK, original)
+        setattr(PeftModel, wrapper.__name__, wrapper)
 
 
 def uninstall() -> None:
     """Take back `install`."""
     from peft import PeftModel
 
-    for name in ("save_pretrained", "load_adapter"):
+    for name in ("save_pretrained", "load_adapter", "push_to_hub"):
         original = getattr(getattr(PeftModel, name), _MARK, None)
         if original is not None:
             setattr(PeftModel, name, original)
