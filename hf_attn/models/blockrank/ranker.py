@@ -194,7 +194,7 @@ class BlockRanker:
         shares = [self.head_scores(query, texts, layers) for query, texts in zip(queries, lists, strict=True)]
         right = [share.argmax(-1) == answer for share, answer in zip(shares, answers, strict=True)]
         accuracy = torch.stack(right).float().mean(0)  # [layers, heads]
-        best = accuracy.sort(1, descending=True, stable=True)
+        best = accuracy.sort(dim=1, descending=True, stable=True)
         row = int(best.values[:, :num_heads].mean(1).argmax())
         heads = sorted(best.indices[row, :num_heads].tolist())
         together = [int(share[row, heads].mean(0).argmax()) == a for share, a in zip(shares, answers, strict=True)]
