@@ -47,7 +47,9 @@ def bootstrap_p(better: Sequence[float], worse: Sequence[float], draws: int = 10
     return (below + 1) / (draws + 1)
 
 
-def bm25(query: str, documents: Sequence[str], collection: Sequence[str], k1: float = 1.2, b: float = 0.75) -> list[float]:
+def bm25(
+    query: str, documents: Sequence[str], collection: Sequence[str], k1: float = 1.2, b: float = 0.75
+) -> list[float]:
     """BM25 scores of the documents, inverse document frequencies and mean length taken from `collection`."""
     frequencies = Counter(word for text in collection for word in set(_WORD.findall(text.lower())))
     mean = sum(len(_WORD.findall(text.lower())) for text in collection) / len(collection)

@@ -87,9 +87,9 @@ def attend(call: AttentionCall, config: BlockRankConfig) -> Tensor:
     """`[B, Hq, Nq, Dv]` (blockrank.md 2.3). Behind a cache the new tokens belong to the query and see everything."""
     if call.tokens.roles is None:
         raise ValueError(
-            "blockrank needs to know the documents of the prompt, but this call has an ordinary mask or none. Rank with "
-            "hf_attn.BlockRanker, pass attention_mask=document_mask(TokenLayout.documents(segments)), or generate with "
-            "model.set_attn_implementation('sdpa')"
+            "blockrank needs to know the documents of the prompt, but this call has an ordinary mask or none. Rank "
+            "with hf_attn.BlockRanker, pass attention_mask=document_mask(TokenLayout.documents(segments)), or "
+            "generate with model.set_attn_implementation('sdpa')"
         )
     if call.q_len != call.k_len:
         call.layer.record(path="dense", reason="behind a cache the new tokens see everything")

@@ -130,5 +130,5 @@ def _entries(file: Path, package: str) -> list[Entry]:
 def _prose(body: str) -> str:
     """The body on one line, without doctests and underlines of sections."""
     lines = [line.strip() for line in body.splitlines()]
-    lines = [line for line in lines if line and not line.startswith((">>>", "...")) and not re.fullmatch(r"[-=~^]+", line)]
-    return " ".join(" ".join(lines).split()[:_MAX_DOCUMENT])
+    prose = [x for x in lines if x and not x.startswith((">>>", "...")) and not re.fullmatch(r"[-=~^]+", x)]
+    return " ".join(" ".join(prose).split()[:_MAX_DOCUMENT])

@@ -220,7 +220,8 @@ def mask_kind(attention_mask: Tensor | None, q_len: int, k_len: int) -> str:
     """How an attention mask is to be read: "none", "causal", "bidirectional" (both compact), "documents", "pattern" or
     "dense".
 
-    "documents" is what `document_mask` made, "pattern" is a dense mask that `index_mask` made, "dense" one that the user or the model made.
+    "documents" is what `document_mask` made, "pattern" is a dense mask that `index_mask` made, "dense" one
+    that the user or the model made.
     """
     if attention_mask is None:
         return "none"

@@ -186,8 +186,8 @@ def batch_prompts(
     where = positions(layout, offset, options.permutation_invariant)
     if int(where.max()) >= max_positions:
         raise ValueError(
-            f"the prompt needs position {int(where.max())}, the model has {max_positions}; lower query_offset={offset}, "
-            "shorten the query, or use a model with more positions"
+            f"the prompt needs position {int(where.max())}, the model has {max_positions}; lower "
+            f"query_offset={offset}, shorten the query, or use a model with more positions"
         )
     first = width - torch.tensor([len(completion) for completion in completions])
     candidates = torch.arange(int(counts.max()))[None] < counts[:, None]

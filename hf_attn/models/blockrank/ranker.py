@@ -16,7 +16,7 @@ from hf_attn.integrations.transformers.model import apply
 from hf_attn.mechanisms.blockrank import BlockRankConfig
 from hf_attn.models.blockrank import files
 from hf_attn.models.blockrank.prompt import PromptBatch, PromptBuilder, batch_prompts
-from hf_attn.models.blockrank.scoring import captured_scores, first_layer_scores
+from hf_attn.models.blockrank.scoring import first_layer_scores
 
 
 class BlockRanker:
@@ -249,9 +249,6 @@ def _check_model(model: Any, tokenizer: Any) -> None:
         )
     if (size := len(tokenizer)) > (room := model.get_input_embeddings().weight.shape[0]):
         raise ValueError(
-            f"the tokenizer has {size} tokens, the model has room for {room}; load the tokenizer of this model, or call "
-            "model.resize_token_embeddings"
+            f"the tokenizer has {size} tokens, the model has room for {room}; load the tokenizer of this model, or "
+            "call model.resize_token_embeddings"
         )
-
-
-__all__ = ["BlockRanker", "captured_scores"]

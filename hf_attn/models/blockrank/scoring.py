@@ -28,8 +28,7 @@ def captured_scores(model: Any, batch: PromptBatch, layers: Sequence[int]) -> It
 
 
 def first_layer_scores(model: Any, batch: PromptBatch, layers: Sequence[int]) -> dict[int, Tensor]:
-    """The same from a forward pass that ends in the highest of `layers`: its values, its MLP and all above never run."""
-    found: dict[int, Tensor] = {}
+    """The same from a forward pass that ends in the highest of `layers`: its values, MLP and all above never run."""
     with contextmanager(_capture)(model, batch, layers, stop=True) as found:
         try:
             model(**batch.model_inputs, use_cache=False)
