@@ -193,7 +193,9 @@ def test_adapter_round_trip_and_the_wrong_base(ranker, tmp_path):
 
     ranker.model.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False))
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    )
     tuned = hf_attn.BlockRanker(model.eval(), byte_tokenizer(), **OPTIONS)
     expected = tuned.score(QUERY, DOCUMENTS)
     assert (expected - ranker.score(QUERY, DOCUMENTS)).abs().max() > 1e-6

@@ -17,14 +17,14 @@ class Problem(NamedTuple):
     """Small attention problems of one size: problem i reads the queries at slots `rows[i]` and keys at `keys[i]`.
 
     rows int64 `[n, R]`; keys int64 `[n, K]`; allowed bool `[R, K]`; real bool `[n, R]`, False where a shorter
-    document's rows repeat its first token; full: all rows are real.
+    document's rows repeat its first token; start: where the rows are consecutive slots and all real, the first one.
     """
 
     rows: Tensor
     keys: Tensor
     allowed: Tensor
     real: Tensor
-    full: bool
+    start: int | None
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -79,7 +79,8 @@ def _problems(table: Tensor, key: Tensor, value: Tensor, scores: int = 0) -> Ite
             for start in range(0, problem.rows.shape[0], step):
                 some = slice(start, start + step)
                 part = problem.rows[some], problem.keys[some], problem.allowed, problem.real[some]
-                yield row, Problem(*(x.to(key.device) for x in part), problem.full)
+                begin = None if problem.start is None else problem.start + start * problem.rows.shape[1]
+                yield row, Problem(*(x.to(key.device) for x in part), begin)
 
 
 def _row_problems(segments: Tensor, roles: Tensor) -> Iterator[Problem]:
@@ -89,7 +90,7 @@ def _row_problems(segments: Tensor, roles: Tensor) -> Iterator[Problem]:
     for rows, keys in ((prefix, prefix), (reader, real.nonzero()[:, 0])):
         if rows.numel():
             all_real = torch.ones(1, rows.numel(), dtype=torch.bool)
-            yield Problem(rows[None], keys[None], keys <= rows[:, None], all_real, True)
+            yield Problem(rows[None], keys[None], keys <= rows[:, None], all_real, _start(rows))
     if not documents.numel():
         return
     documents = documents[segments[documents].argsort(stable=True)]
@@ -101,12 +102,22 @@ def _row_problems(segments: Tensor, roles: Tensor) -> Iterator[Problem]:
     # Slots that fill up stand behind the real ones, so causality hides them.
     own = torch.ones(longest, longest, dtype=torch.bool).tril()
     allowed = torch.cat([own.new_ones(longest, prefix.numel()), own], 1)
-    yield Problem(rows, torch.cat([prefix.expand(len(rows), -1), rows], 1), allowed, inside, bool(inside.all()))
+    yield Problem(
+        rows,
+        torch.cat([prefix.expand(len(rows), -1), rows], 1),
+        allowed,
+        inside,
+        _start(rows) if bool(inside.all()) else None,
+    )
 
 
 def _queries(tensor: Tensor, problem: Problem, group: int) -> Tensor:
     """`[Hq, N, D]` -> `[n, H, group * R, D]`: the query heads of a KV head are rows of one problem."""
-    return _pick(tensor, problem.rows).unflatten(1, (-1, group)).flatten(2, 3)
+    if problem.start is None:
+        picked = _pick(tensor, problem.rows)
+    else:  # a view: the reshape below is then the only copy
+        picked = _run(tensor, problem).transpose(0, 1)
+    return picked.unflatten(1, (-1, group)).flatten(2, 3)
 
 
 def _heads_first(tensor: Tensor, group: int) -> Tensor:
@@ -131,9 +142,18 @@ def _pick(tensor: Tensor, slots: Tensor) -> Tensor:
 
 def _write(into: Tensor, problem: Problem, part: Tensor) -> None:
     """Put the real rows of `[Hq, n, R, D]` at their slots of `[Hq, N, D]`."""
-    rows, part = (
-        (problem.rows.flatten(), part.flatten(1, 2))
-        if problem.full
-        else (problem.rows[problem.real], part[:, problem.real])
-    )
-    into.index_copy_(1, rows, part)
+    if problem.start is None:
+        into.index_copy_(1, problem.rows[problem.real], part[:, problem.real])
+    else:
+        _run(into, problem).copy_(part)
+
+
+def _run(tensor: Tensor, problem: Problem) -> Tensor:
+    """Consecutive rows as a view, `[H, N, D]` -> `[H, n, R, D]`."""
+    return tensor.narrow(1, problem.start, problem.rows.numel()).unflatten(1, problem.rows.shape)
+
+
+def _start(rows: Tensor) -> int | None:
+    """The first slot, when the slots are consecutive."""
+    rows = rows.flatten()
+    return int(rows[0]) if bool((rows.diff() == 1).all()) else None
