@@ -68,9 +68,8 @@ def scaling(few: int, many: int, repeats: int, model: torch.nn.Module, tokenizer
     functions[str(few)]()
     times = interleaved(functions, repeats=repeats, warmup=0)
     small, large = times[str(few)], times[str(many)]
-    print(
-        f"{few} documents {small.median:.2f} s, {many} documents {large.median:.2f} s: {paired_ratio(large, small):.2f}x"
-    )
+    ratio = paired_ratio(large, small)
+    print(f"{few} documents {small.median:.2f} s, {many} documents {large.median:.2f} s: {ratio:.2f}x")
 
 
 def long_texts(count: int) -> list[str]:
