@@ -67,7 +67,7 @@ def test_wheel_holds_the_kernels_and_nothing_foreign(wheel):
 def test_wheel_works_alone(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    assert "(1, 2, 300, 16) ['lserve', 'moba', 'psa', 'streaming']" in use_from(site, tmp_path)
+    assert "(1, 2, 300, 16) ['blockrank', 'lserve', 'moba', 'psa', 'streaming']" in use_from(site, tmp_path)
 
 
 def test_wheel_works_inside_the_source_tree(wheel, tmp_path):
