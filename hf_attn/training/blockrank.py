@@ -65,8 +65,9 @@ class BlockRankTrainer(Trainer):
     Args:
         ranker: its model is trained; its scoring layer and heads are those of the loss.
         temperature: of the contrastive loss, > 0.
-        aux_weight, lm_weight: >= 0. The paper has 0.1 and 1; where only attention ranks, 1 and 0.1 learn faster.
-        lm_every: micro-batches from one with the next-token loss to the next; the others end at the scoring layer.
+        aux_weight, lm_weight: >= 0. The paper has 0.1 and 1; the next-token loss matters less where attention ranks.
+        lm_every: micro-batches from one with the next-token loss to the next; the others end at the scoring layer
+            (with several processes they run all layers, so that every parameter takes part).
         options: of `transformers.Trainer`; `remove_unused_columns=False` is needed in its arguments.
     """
 
@@ -100,13 +101,15 @@ class BlockRankTrainer(Trainer):
         with_lm = self.lm_weight > 0 and (not model.training or self._micro % self.lm_every == 0)
         self._micro += model.training
         loss: Tensor | float = 0.0
-        if with_lm:
+        # Processes that average gradients need whole forward passes: one cut short would leave its gradients out.
+        if with_lm or self.args.world_size > 1:
             # Completions end every row, so the head runs on the longest of them only.
             longest = int((batch.labels != -100).sum(1).max())
             with captured_scores(model, batch, [layer]) as found:
                 logits = model(**batch.model_inputs, use_cache=False, logits_to_keep=longest + 1).logits
             targets = batch.labels[:, -longest:].flatten()
-            loss = self.lm_weight * cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets)
+            weight = self.lm_weight if with_lm else 0.0
+            loss = weight * cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets)
         else:
             found = first_layer_scores(model, batch, [layer])
         scores = self.ranker.combine(found[layer])
