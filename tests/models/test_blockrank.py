@@ -23,7 +23,7 @@ from tests.loopback_hub import Hub
 
 DOCUMENTS = ["the seine runs through paris", "bread", "a river in london is the thames", "numbers"]
 QUERY = "which river?"
-OPTIONS = {"max_block_length": 60, "query_offset": 900, "score_layer": 1}
+OPTIONS = {"max_block_length": 64, "query_offset": 900, "score_layer": 1}
 
 
 def tiny(layers: int = 3) -> LlamaForCausalLM:
@@ -235,11 +235,11 @@ def test_bad_texts(ranker):
 
 
 def test_long_documents_are_cut_and_counted(ranker):
-    with pytest.warns(UserWarning, match="1 of 4 documents were cut to max_block_length=60 tokens"):
+    with pytest.warns(UserWarning, match="1 of 4 documents were cut to max_block_length=64 tokens"):
         batch = ranker.batch([QUERY], [[*DOCUMENTS[:3], "word " * 40]])
     assert batch.candidates.shape == (1, 4)
     strict = PromptBuilder(byte_tokenizer(), 60, truncate=False)
-    with pytest.raises(ValueError, match=r"documents\[1\] has \d+ tokens with its frame of 31"):
+    with pytest.raises(ValueError, match=r"documents\[1\] has \d+ tokens with its frame of 29"):
         strict.build(QUERY, ["short", "word " * 40])
     with pytest.raises(ValueError, match="more than max_block_length=20"):
         PromptBuilder(byte_tokenizer(), 20).build(QUERY, ["short"])
