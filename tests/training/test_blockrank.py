@@ -24,7 +24,7 @@ def test_loss_by_hand():
     shares = (scores.detach() / 0.1).softmax(1)
     expected = -(math.log(shares[0, 0]) + math.log(shares[1, 1] + shares[1, 2])) / 2
     loss = contrastive_loss(scores, answers, 0.1)
-    assert abs(float(loss) - expected) < 1e-6
+    assert abs(loss.item() - expected) < 1e-6
     loss.backward()
     assert (scores.grad[2] == 0).all() and (scores.grad[:2] != 0).all()
     empty = contrastive_loss(scores, torch.full((3, 1), -1))

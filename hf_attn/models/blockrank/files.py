@@ -26,11 +26,11 @@ def load(source: str, base_model: Any, options: dict[str, Any]) -> tuple[Any, An
     ours = {name: value for name, value in options.items() if name in names}
     hosts = {name: value for name, value in options.items() if name not in names}
     revision = {"revision": hosts["revision"]} if "revision" in hosts else {}
-    tokenizer = AutoTokenizer.from_pretrained(source, **revision)
     stored = _read(source, OPTIONS_FILE, revision)
+    if stored is None and base_model is not None:
+        raise ValueError(f"{source} is no adapter of a BlockRanker ({OPTIONS_FILE} is missing); drop base_model")
+    tokenizer = AutoTokenizer.from_pretrained(source, **revision)
     if stored is None:
-        if base_model is not None:
-            raise ValueError(f"{source} is no adapter of a BlockRanker ({OPTIONS_FILE} is missing); drop base_model")
         return AutoModelForCausalLM.from_pretrained(source, **hosts), tokenizer, {}, ours
     import peft
 
