@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hf_attn.integrations.transformers.cache import LServeCache, cache_report
     from hf_attn.mechanism import Capabilities, Mechanism, MechanismConfig
     from hf_attn.mechanisms.lserve import LServeConfig, classify_heads, load_duo_heads
+    from hf_attn.models.blockrank import BlockRanker
 
 # Where each public name lives; it is imported when first asked for.
 _HOMES = {
@@ -61,6 +62,7 @@ _HOMES = {
     "spec": "hf_attn.front",
     "stats": "hf_attn.front",
     "unregister_mechanism": "hf_attn.front",
+    "BlockRanker": "hf_attn.models.blockrank",
     "Capabilities": "hf_attn.mechanism",
     "Mechanism": "hf_attn.mechanism",
     "MechanismConfig": "hf_attn.mechanism",
@@ -74,6 +76,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BlockRanker",
     "Capabilities",
     "LServeCache",
     "LServeConfig",

@@ -30,6 +30,9 @@ class TokenLayout:
             additive float. It already contains causality and padding; nothing else of this object is then meaningful.
         grid: `None`, or the lattice the tokens lie on (diffusion models; `grid.length == q_len == k_len`). Tokens that
             `index` calls not real lie beside the lattice.
+        roles: `None`, or int32 `[batch, q_len + k_len]`: the sequences of `index` are segments of one prompt, and each
+            token is of the shared prefix (0), of a document (1) or of the reader (2). All see their own segment and the
+            prefix; readers see every segment. Positions count over the whole row.
     """
 
     batch: int
@@ -39,6 +42,7 @@ class TokenLayout:
     window: Tensor | None = None
     dense: Tensor | None = None
     grid: TokenGrid | None = None
+    roles: Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -100,6 +104,29 @@ class TokenLayout:
         positions = torch.cat([pos_q, slots.expand_as(seg_k)], 1)
         return cls(length.shape[0], q_len, k_len, torch.stack([segments, positions], 1).to(torch.int32))
 
+    @classmethod
+    def documents(cls, segments: Tensor, num_segments: Tensor | int | None = None) -> TokenLayout:
+        """Prompts of a prefix, documents that do not see each other, and a reader that sees all (BlockRank).
+
+        Args:
+            segments: integer `[batch, tokens]`, number of each token's segment in order (0 prefix, then the documents,
+                the last one reads), -1 for padding, which may stand anywhere.
+            num_segments: of every row, integer `[batch]` or one for all; default the highest number plus one. A row
+                with one segment is plain causal.
+        """
+        if segments.dim() != 2 or segments.is_floating_point() or segments.dtype == torch.bool:
+            raise ValueError(
+                f"segments must be an integer tensor [batch, tokens], got {segments.dtype} {tuple(segments.shape)}"
+            )
+        batch, length = segments.shape
+        if num_segments is None:
+            num_segments = segments.amax(1) + 1 if length else segments.new_zeros(batch)
+        last = torch.as_tensor(num_segments, device=segments.device).expand(batch)[:, None] - 1
+        roles = torch.where(segments == 0, 0, torch.where(segments == last, 2, 1)).to(torch.int32)
+        index = torch.stack([segments, torch.arange(length, device=segments.device).expand_as(segments)], 1)
+        index = index.to(torch.int32)
+        return cls(batch, length, length, torch.cat([index, index], -1), roles=torch.cat([roles, roles], -1))
+
     def query_rows(self, start: int, stop: int, causal: bool) -> TokenLayout:
         """The layout of query slots `start:stop` alone; its `k_len` may be smaller, as the first keys are then enough.
 
@@ -115,7 +142,10 @@ class TokenLayout:
             window = window[..., start:stop]
         if dense is not None and dense.shape[2] > 1:
             dense = dense[:, :, start:stop]
-        return TokenLayout(self.batch, count, self.k_len, index, window, dense)
+        roles = self.roles
+        if roles is not None:
+            roles = torch.cat([roles[:, start:stop], roles[:, self.q_len :]], -1)
+        return TokenLayout(self.batch, count, self.k_len, index, window, dense, roles=roles)
 
     def query_ranks(self, device: torch.device | str | None = None) -> Tensor:
         """Rank of every query among the real keys of its sequence (its "position" in block arithmetic).
@@ -145,7 +175,11 @@ class TokenLayout:
             segments, positions = self.index[:, 0], self.index[:, 1]
             seg_q, seg_k = segments[:, : self.q_len, None], segments[:, None, self.q_len :]
             pos_q, pos_k = positions[:, : self.q_len], positions[:, self.q_len :]
-            allowed = (seg_q == seg_k) & (seg_q >= 0)
+            allowed = seg_q == seg_k
+            if self.roles is not None:
+                reads_all, read_by_all = self.roles[:, : self.q_len] == 2, self.roles[:, self.q_len :] == 0
+                allowed = allowed | reads_all[:, :, None] | read_by_all[:, None]
+            allowed = allowed & (seg_q >= 0) & (seg_k >= 0)
         if causal:
             allowed = allowed & (pos_k[:, None, :] <= pos_q[:, :, None])
         if self.window is not None:

@@ -210,6 +210,7 @@ class Capabilities:
     """What a mechanism supports, as `list_mechanisms` prints it.
 
     `bidirectional`: layers that are not causal (encoders, vision towers); without it they are refused.
+    `documents`: prompts of documents that do not see each other (`TokenLayout.documents`).
     """
 
     train: bool = True
@@ -221,6 +222,7 @@ class Capabilities:
     triton: bool = False
     diffusers: bool = False
     extra_weights: bool = False
+    documents: bool = False
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,17 @@ def load_language_model(name: str | None = None, dtype: torch.dtype = torch.floa
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
+def byte_tokenizer() -> Any:
+    """A tokenizer with one token a byte and `<end>` (id 256), for random models that need no download."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>")
+
+
 def random_layers(config: Any, layers: int, longest: int) -> Any:
     """A causal language model of `config`'s shape with random weights, `layers` layers and room for `longest` tokens.
 

@@ -14,6 +14,7 @@ if (_kernel_sources / ".hf_attn_kernels").is_file():
 from hf_attn.ops.backend import choose_path  # noqa: E402
 from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
+from hf_attn.ops.documents import document_attention, document_scores  # noqa: E402
 from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
 from hf_attn.ops.linear import linear_attention  # noqa: E402
@@ -41,6 +42,8 @@ __all__ = [
     "block_sparse_attention",
     "choose_path",
     "dense_attention",
+    "document_attention",
+    "document_scores",
     "gated_streaming_attention",
     "key_block_major",
     "key_convolution",

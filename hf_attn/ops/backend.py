@@ -173,6 +173,11 @@ def resolve_tokens(
             "sparse ops take full, padded or packed rows; this TokenLayout holds a window or an arbitrary mask. "
             "Use ops.dense_attention, or express it as a BlockPattern."
         )
+    if tokens.roles is not None:
+        raise ValueError(
+            "this TokenLayout describes a prompt of documents, which only ops.document_attention (mechanism "
+            "'blockrank') follows; use ops.dense_attention for the same result without the speed"
+        )
     if (tokens.batch, tokens.q_len, tokens.k_len) != (batch, q_len, k_len):
         raise ValueError(
             f"tokens describes batch {tokens.batch}, {tokens.q_len} queries and {tokens.k_len} keys, but the tensors "

@@ -87,14 +87,15 @@ def attention_forward(
         return _continuous(host, query, key, value, kwargs), None
     k_len = key.shape[2] + (0 if cache is None else cache.store.slots)
     kind = mask_kind(attention_mask, query.shape[2], k_len)
-    if kind in ("causal", "bidirectional"):
-        causal = kind == "causal"
+    if kind in ("causal", "bidirectional", "documents"):
+        causal = kind != "bidirectional"
     else:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     cross = is_cross_attention(module, causal, query.shape[2], key.shape[2])
     if cross or getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         refuse_packing(module, hf_attn_name, kwargs)
     tokens = layout_from_mask(attention_mask, query, k_len, kwargs)
+    refuse_documents(host, tokens)
     check_packing(module, _owner(module, hf_attn_name), tokens, kwargs.get("position_ids"))
     out = _attend(host, query, key, value, causal, tokens, kind, cache)
     return out.transpose(1, 2).contiguous(), None
@@ -244,6 +245,16 @@ def refuse_bidirectional(module: nn.Module, mechanism: Mechanism) -> None:
         f"{PREFIX}{mechanism.name} needs causal attention, but {type(module).__name__} is not causal. For a multimodal "
         f"model name its text model alone, attn_implementation={{'text_config': '{PREFIX}{mechanism.name}'}}; for an "
         f"encoder use '{PREFIX}moba' or 'sdpa'."
+    )
+
+
+def refuse_documents(host: HostLayer, tokens: TokenLayout) -> None:
+    """Raise ValueError for a prompt of documents under a mechanism that would not see its borders."""
+    if tokens.roles is None or host.resolved.mechanism.capabilities.documents:
+        return
+    raise ValueError(
+        f"{_owner(host.module, host.name)} cannot follow a mask of documents; use attn_implementation="
+        f"'{PREFIX}blockrank' (hf_attn.BlockRanker does)"
     )
 
 

@@ -217,19 +217,32 @@ def _diagonal_segments(mask_function: Callable, batch_size: int, length: int, de
 
 
 def mask_kind(attention_mask: Tensor | None, q_len: int, k_len: int) -> str:
-    """How an attention mask is to be read: "none", "causal", "bidirectional" (both compact), "pattern" or "dense".
+    """How an attention mask is to be read: "none", "causal", "bidirectional" (both compact), "documents", "pattern" or
+    "dense".
 
-    "pattern" is a dense mask that `index_mask` made, "dense" one that the user or the model made.
+    "documents" is what `document_mask` made, "pattern" is a dense mask that `index_mask` made, "dense" one
+    that the user or the model made.
     """
     if attention_mask is None:
         return "none"
     if attention_mask.dtype == torch.uint8:
         return "pattern"
+    if attention_mask.dtype == torch.int32 and attention_mask.shape[1:] == (3, 1, q_len + k_len):
+        return "documents"
     if attention_mask.dtype == torch.int32 and attention_mask.dim() == 4:
         rows, columns = attention_mask.shape[2:]
         if 1 <= rows <= 4 and columns == q_len + k_len:
             return "causal" if rows in (2, 3) else "bidirectional"
     return "dense"
+
+
+def document_mask(layout: TokenLayout) -> Tensor:
+    """A layout of `TokenLayout.documents` as `attention_mask` of a model whose attention is `hf_attn_blockrank`.
+
+    int32 `[batch, 3, 1, q_len + k_len]`: segment, position and role of every query, then of every key. transformers
+    hands masks of four dimensions to the attention function as they are.
+    """
+    return torch.cat([layout.index, layout.roles[:, None]], 1)[:, :, None].to(torch.int32)
 
 
 def layout_from_mask(
@@ -250,6 +263,11 @@ def layout_from_mask(
     kind = mask_kind(attention_mask, q_len, k_len)
     if kind in ("pattern", "dense"):
         return TokenLayout(batch, q_len, k_len, dense=_checked_dense(attention_mask, q_len, k_len))
+    if kind == "documents":
+        table = attention_mask[:, :, 0].to(query.device)
+        if table.shape[0] != batch:
+            raise ValueError(f"the document mask has {table.shape[0]} rows, the batch has {batch}")
+        return TokenLayout(batch, q_len, k_len, table[:, :2].contiguous(), roles=table[:, 2].contiguous())
     layout = TokenLayout.full(batch, q_len, k_len)
     if attention_mask is not None:
         layout = _layout_from_compact(attention_mask.to(query.device), batch, q_len, k_len)
