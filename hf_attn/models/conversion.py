@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -30,11 +30,14 @@ class Conversion:
         name: as given to `hf_attn.convert`.
         families: {model_type of the host: (module, name of our causal language model class)}.
         configure: `(base config, our config class, options) -> our config`; raises ValueError for bad options.
+        rewrite: `(our config, name, weight of the base) -> weight`, for base weights that do not come over as they are;
+            returns the very tensor where nothing changes.
     """
 
     name: str
     families: dict[str, tuple[str, str]]
     configure: Callable[[PreTrainedConfig, type[PreTrainedConfig], dict[str, Any]], PreTrainedConfig]
+    rewrite: Callable[[Any, str, Tensor], Tensor] | None = None
 
     def model_class(self, config: PreTrainedConfig) -> type[PreTrainedModel]:
         """Our class for a config of the host; ValueError names the families there are."""
@@ -71,10 +74,20 @@ def convert(
     model_class = conversion.model_class(source.config)
     _check_class(source, conversion)
     config = conversion.configure(source.config, model_class.config_class, options)
+    return around(source, model_class, config, conversion.rewrite)
+
+
+def around(
+    source: PreTrainedModel,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    rewrite: Callable[[Any, str, Tensor], Tensor] | None = None,
+) -> PreTrainedModel:
+    """A model of `model_class` that holds the weights of `source`; see `convert`."""
     config.dtype = source.dtype
     with torch.device("meta"):
         model = model_class(config)
-    share_weights(source, model)
+    share_weights(source, model, rewrite)
     model.train(source.training)
     if getattr(source, "generation_config", None) is not None:
         model.generation_config = copy.deepcopy(source.generation_config)
@@ -94,15 +107,24 @@ def carried_over(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in _ORIGIN}
 
 
-def share_weights(source: nn.Module, target: nn.Module) -> None:
+def share_weights(
+    source: nn.Module, target: nn.Module, rewrite: Callable[[Any, str, Tensor], Tensor] | None = None
+) -> None:
     """Put the parameters and buffers of `source` into `target` (built on the meta device), by name.
 
-    The very same tensors: nothing is copied, tied weights stay tied. What `target` alone has is made beside its
-    neighbours, on their device and in their dtype, and initialised as its model class does.
+    The very same tensors unless `rewrite` returns others: nothing is copied, tied weights stay tied. What `target`
+    alone has is made beside its neighbours, on their device and in their dtype, and initialised as its model class
+    does.
     """
+    written: dict[int, nn.Parameter] = {}
     for name, module in source.named_modules():
         twin = target.get_submodule(name)
-        twin._parameters.update(module._parameters)
+        for key, weight in module._parameters.items():
+            if rewrite is not None and weight is not None:
+                new = rewrite(target.config, f"{name}.{key}".lstrip("."), weight)
+                if new is not weight:
+                    weight = written.setdefault(id(weight), nn.Parameter(new.detach(), weight.requires_grad))
+            twin._parameters[key] = weight
         twin._buffers.update(module._buffers)
     for name, module in target.named_modules():
         if not any(tensor.is_meta for tensor in module.parameters(recurse=False)):
@@ -115,13 +137,15 @@ def share_weights(source: nn.Module, target: nn.Module) -> None:
 
 
 def _load(conversion: Conversion, repo: str, load: dict[str, Any], options: dict[str, Any]) -> PreTrainedModel:
-    """Straight into our class: the host's is never built."""
+    """Straight into our class, or around the host's model where weights do not come over as they are."""
     where = {
         key: load[key] for key in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if key in load
     }
     base = AutoConfig.from_pretrained(repo, **where)
     model_class = conversion.model_class(base)
     config = conversion.configure(base, model_class.config_class, options)
+    if conversion.rewrite is not None:
+        return around(AutoModelForCausalLM.from_pretrained(repo, **load), model_class, config, conversion.rewrite)
     model = model_class.from_pretrained(repo, config=config, **load)
     model.config._name_or_path = model.name_or_path = ""
     return model
