@@ -6,13 +6,12 @@ python -m hf_attn.bench.landmark_decode --lengths 4096 16384 32768
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
 from hf_attn.caches.landmark import LandmarkStore
 from hf_attn.nn.landmark import Chunk, Retrieval, Rotary, attend_chunk
 
@@ -55,17 +54,6 @@ def check(options: Retrieval, heads: int, kv_heads: int, dim: int) -> float:
     return float((got - want).abs().max())
 
 
-def median_ms(functions: list[Callable], repeats: int) -> list[float]:
-    """Median time of each, called in turn."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats + 2):
-        for found, function in zip(times, functions, strict=True):
-            start = time.perf_counter()
-            function()
-            found.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(found[2:]) for found in times]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 32768], help="cached tokens")
@@ -85,10 +73,13 @@ def main() -> None:
         error = check(options, *sizes)
         if error > 1e-4:
             raise SystemExit(f"retrieval differs from the dense form by {error:.1e}; nothing is timed")
+        print(machine_load())
         print("| cached tokens | SDPA ms | retrieval ms | speed-up |\n|---|---|---|---|")
         for length in arguments.lengths:
-            retrieve, whole = median_ms(list(layer(length, *sizes, options)), arguments.repeats)
-            print(f"| {length} | {whole:.2f} | {retrieve:.2f} | {whole / retrieve:.1f} |")
+            retrieve, whole = layer(length, *sizes, options)
+            times = interleaved({"retrieval": retrieve, "sdpa": whole}, repeats=arguments.repeats, warmup=3)
+            cells = [f"{1000 * times[name].median:.2f}" for name in ("sdpa", "retrieval")]
+            print(f"| {length} | {' | '.join(cells)} | {paired_ratio(times['sdpa'], times['retrieval']):.1f} |")
 
 
 if __name__ == "__main__":

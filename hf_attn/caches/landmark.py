@@ -120,11 +120,15 @@ class LandmarkStore(LayerStore):
         """Blocks `[B, Hq, R, k, b, D]`, on the device, for ids int64 `[B, Hq, R, k]`; zeros where not valid."""
         device = ids.device
         group = ids.shape[1] // self.heads
-        place = self._keys.device
-        where = torch.where(valid, ids, 0).to(place)
+        place, room = self._keys.device, self._keys.shape[2]
         rows = torch.arange(ids.shape[0], device=place)[:, None, None, None]
         heads = torch.arange(ids.shape[1], device=place)[:, None, None] // group
-        found = tuple(tensor[rows, heads, where].to(device, non_blocking=True) for tensor in (self._keys, self._values))
+        # Whole blocks by one number each: several times faster than indexing by row, head and block.
+        flat = (torch.where(valid, ids, 0).to(place) + (rows * self.heads + heads) * room).flatten()
+        found = tuple(
+            tensor.flatten(0, 2).index_select(0, flat).unflatten(0, ids.shape).to(device, non_blocking=True)
+            for tensor in (self._keys, self._values)
+        )
         self.fetched_bytes = max(self.fetched_bytes, sum(x.numel() * x.element_size() for x in found))
         if not bool(valid.all()):
             for tensor in found:

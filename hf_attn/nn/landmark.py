@@ -162,9 +162,19 @@ def select_blocks(
             scores = scores.amax(1, keepdim=True)
         elif options.selection == "max_over_tokens":
             scores = scores.masked_fill(~chunk.real[:, None, :, None], -1).amax(2, keepdim=True)
-    found = scores.sort(dim=-1, descending=True, stable=True).indices[..., : max(taken)]
+    found = _highest(scores, max(taken))
     spare = torch.arange(max(taken), device=device) >= limits[:, None]
     return found.masked_fill(spare[:, None, None], most).sort(-1).values
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """Places of the `count` highest scores; on equal ones the first wins, which topk alone does not promise."""
+    if scores.dtype == torch.float64:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    # Integers in the order of the floats, with the place below them.
+    bits = (scores.float() + 0.0).view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    return (ordered - torch.arange(scores.shape[-1], device=scores.device)).topk(count, -1).indices
 
 
 def _landmark_scores(turned: Tensor, store: Any, limits: Tensor, blocks: Tensor) -> Tensor:
@@ -200,6 +210,9 @@ def _local(
     """The open block and the chunk: a grouped softmax; its lse is over everything but cached landmarks."""
     keys, values, lengths = store.local(key, value, chunk)
     slots = torch.arange(keys.shape[2], device=query.device)
+    if chunk.even and chunk.width == 1 and 0 < min(lengths) == max(lengths) < block_size:
+        # One new token inside an open block sees that block alone.
+        return _softmax(rotary.rotate(query, place[:, None]), rotary.rotate(keys, slots), values, scale)
     tokens = None
     if not (chunk.even and len(set(lengths)) == 1):
         held = slots < torch.tensor(lengths, device=query.device)[:, None]
@@ -216,6 +229,15 @@ def _local(
         return_lse=True,
         tokens=tokens,
     )
+
+
+def _softmax(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention to all keys, and its lse."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scores = _grouped(query.to(dtype), keys.to(dtype)) * scale
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp()
+    return _grouped(weights, values.to(dtype).mT).to(query.dtype), lse
 
 
 def _retrieved(
