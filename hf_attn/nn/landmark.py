@@ -9,6 +9,7 @@ training row holds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,12 +41,21 @@ class Rotary:
         """Of a rotary embedding of transformers (`inv_freq`, `attention_scaling`)."""
         return cls(embedding.inv_freq.float(), float(embedding.attention_scaling))
 
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[..., D / 2]` of positions `[...]`."""
+        angles = positions[..., None].float() * self.frequencies
+        return angles.cos(), angles.sin()
+
     def rotate(self, states: Tensor, positions: Tensor) -> Tensor:
         """`[..., D]` turned by positions that broadcast to `[...]`; same dtype."""
-        angles = positions[..., None].float() * self.frequencies
-        cos, sin = angles.cos(), angles.sin()
-        first, second = states.float().chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(states.dtype)
+        return turn(states, self.tables(positions))
+
+
+def turn(states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """`[..., D]` turned by the angles of `Rotary.tables`, in fp32; same dtype."""
+    cos, sin = tables
+    first, second = states.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(states.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,14 @@ class Chunk:
         self.even = all(count == width for count in counts)
         self._counts = torch.tensor(counts, device=device)
         self.real = torch.arange(width, device=device) >= width - self._counts[:, None]
+        self._made: dict[tuple, Any] = {}
+
+    def once(self, store: Any, name: str, make: Callable[[], Any]) -> Any:
+        """What is the same for all layers, whose stores hold equal numbers of tokens: made by the first of them."""
+        key = (name, tuple(store.blocks), tuple(store.open_lengths))
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def columns(self, starts: list[int]) -> Tensor:
         """int64 `[B, width]`: a row's first new token has number `starts[row]`; smaller ones are not real."""
@@ -115,20 +133,23 @@ def attend_chunk(
     """
     scale = scale * rotary.scaling**2
     store.hold(key, value, chunk, rotary)
-    opened = store.open_lengths
-    place = chunk.columns(opened)
+    place = chunk.once(store, "place", lambda: chunk.columns(store.open_lengths))
     out, lse = _local(query, key, value, store, chunk, place, rotary, options.block_size, scale)
     blocks = store.blocks
     most = max(blocks, default=0)
     if most == 0 or options.selection == "none":
         return out, _counts(query.shape[1], chunk, blocks, 0, options)
     taken = [min(options.top_k, number) for number in blocks]
-    distances = 1 + torch.arange(max(taken) + 1, device=query.device)
-    turned = rotary.rotate(query[:, :, :, None], (place[:, :, None] + distances * options.block_size)[:, None])
+
+    def tables() -> tuple[Tensor, Tensor]:
+        distances = 1 + torch.arange(max(taken) + 1, device=query.device)
+        return rotary.tables((place[:, :, None] + distances * options.block_size)[:, None])
+
+    turned = turn(query[:, :, :, None], chunk.once(store, "distances", tables))
     ids = select_blocks(turned, store, taken, chunk, options, scale)
     if options.keep is not None:
         options.keep(ids.expand(-1, query.shape[1], query.shape[2], -1))
-    out = _retrieved(out, lse, turned, ids, store, taken, options.block_size, scale)
+    out = _retrieved(out, lse, turned, ids, store, chunk, options.block_size, scale)
     return out, _counts(query.shape[1], chunk, blocks, options.top_k, options)
 
 
@@ -143,18 +164,22 @@ def select_blocks(
         turned: `[B, Hq, M, k + 1, D]`, queries turned for blocks at distance 1 .. k + 1.
         taken: blocks that the queries of a row read.
     """
-    blocks, most, device = torch.tensor(store.blocks, device=turned.device), max(store.blocks), turned.device
-    ids = torch.arange(most, device=device)
-    real = ids < blocks[:, None]
-    limits = torch.tensor(taken, device=device)
+    most, device = max(store.blocks), turned.device
+
+    def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        blocks, limits = (torch.tensor(numbers, device=device) for numbers in (store.blocks, taken))
+        real = torch.arange(most, device=device) < blocks[:, None]
+        return blocks, limits, real[:, None, None], torch.arange(max(taken), device=device) >= limits[:, None]
+
+    blocks, limits, real, spare = chunk.once(store, "rows", rows)
     if options.selection == "random":
         scores = torch.rand(*turned.shape[:3], most, device=device)
     else:
         scores = _landmark_scores(turned, store, limits, blocks) * scale
-    scores = scores.masked_fill(~real[:, None, None], NEG_INF)
+    scores = scores.masked_fill(~real, NEG_INF)
     shared = options.selection.startswith("max_over")
     if shared or options.kv_group:
-        scores = scores.softmax(-1).nan_to_num(0.0).masked_fill(~real[:, None, None], -1)
+        scores = scores.softmax(-1).nan_to_num(0.0).masked_fill(~real, -1)
         if options.kv_group and options.selection != "max_over_heads":
             group = turned.shape[1] // store.heads
             scores = scores.unflatten(1, (-1, group)).amax(2).repeat_interleave(group, 1)
@@ -163,7 +188,6 @@ def select_blocks(
         elif options.selection == "max_over_tokens":
             scores = scores.masked_fill(~chunk.real[:, None, :, None], -1).amax(2, keepdim=True)
     found = _highest(scores, max(taken))
-    spare = torch.arange(max(taken), device=device) >= limits[:, None]
     return found.masked_fill(spare[:, None, None], most).sort(-1).values
 
 
@@ -210,9 +234,11 @@ def _local(
     """The open block and the chunk: a grouped softmax; its lse is over everything but cached landmarks."""
     keys, values, lengths = store.local(key, value, chunk)
     slots = torch.arange(keys.shape[2], device=query.device)
+    angles = chunk.once(store, "local", lambda: (rotary.tables(place[:, None]), rotary.tables(slots)))
+    query, keys = turn(query, angles[0]), turn(keys, angles[1])
     if chunk.even and chunk.width == 1 and 0 < min(lengths) == max(lengths) < block_size:
         # One new token inside an open block sees that block alone.
-        return _softmax(rotary.rotate(query, place[:, None]), rotary.rotate(keys, slots), values, scale)
+        return _softmax(query, keys, values, scale)
     tokens = None
     if not (chunk.even and len(set(lengths)) == 1):
         held = slots < torch.tensor(lengths, device=query.device)[:, None]
@@ -221,13 +247,7 @@ def _local(
         index = torch.stack([torch.where(segment, 0, -1), positions], 1).to(torch.int32)
         tokens = TokenLayout(query.shape[0], query.shape[2], keys.shape[2], index)
     return ops.grouped_softmax_attention(
-        rotary.rotate(query, place[:, None]),
-        rotary.rotate(keys, slots),
-        values,
-        block_size=block_size,
-        scale=scale,
-        return_lse=True,
-        tokens=tokens,
+        query, keys, values, block_size=block_size, scale=scale, return_lse=True, tokens=tokens
     )
 
 
@@ -246,12 +266,12 @@ def _retrieved(
     turned: Tensor,
     ids: Tensor,
     store: Any,
-    taken: list[int],
+    chunk: Chunk,
     block_size: int,
     scale: float,
 ) -> Tensor:
     """Add fetched blocks to the softmax of `_local`, some queries at a time so that little is fetched at once."""
-    blocks, limits = (torch.tensor(x, device=out.device)[:, None, None, None] for x in (store.blocks, taken))
+    blocks, limits = (x[:, None, None, None] for x in chunk.once(store, "rows", tuple)[:2])
     valid = ids < blocks
     slot = torch.arange(ids.shape[-1], device=out.device)
     distance = (limits + 1 - slot - (ids >= blocks - limits).long()).clamp(min=1, max=turned.shape[3])
@@ -267,9 +287,7 @@ def _retrieved(
         pick = slice(None) if shared else rows
         keys, values = fetched or store.fetch(ids[:, :, pick], valid[:, :, pick])
         queries = _at(turned[:, :, rows], distance[:, :, pick])
-        parts.append(
-            _merge(out[:, :, rows], lse[:, :, rows], queries, keys, values, valid[:, :, pick], scale)
-        )
+        parts.append(_merge(out[:, :, rows], lse[:, :, rows], queries, keys, values, valid[:, :, pick], scale))
     return torch.cat(parts, 2) if len(parts) != 1 else parts[0]
 
 
@@ -287,7 +305,7 @@ def _merge(
     A block that is not valid has no weight, whatever it holds.
     """
     dtype = lse.dtype
-    scores = (queries[..., None, :].to(dtype) @ keys.to(dtype).mT).squeeze(-2) * scale
+    scores = (keys.to(dtype) @ queries[..., None].to(dtype)).squeeze(-1) * scale
     inner = scores[..., :-1].softmax(-1)
     read = (inner[..., None, :] @ values[..., :-1, :].to(dtype)).squeeze(-2)
     gates = torch.cat([lse[..., None], scores[..., -1].masked_fill(~valid, NEG_INF)], -1).softmax(-1).nan_to_num(0.0)

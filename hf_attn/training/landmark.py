@@ -161,7 +161,13 @@ class PasskeyScore:
 
 @torch.no_grad()
 def passkey_score(
-    model: Any, prompts: Tensor, answers: Tensor, *, batch: int = 16, dense: bool = False, progress: Callable | None = None
+    model: Any,
+    prompts: Tensor,
+    answers: Tensor,
+    *,
+    batch: int = 16,
+    dense: bool = False,
+    progress: Callable | None = None,
 ) -> PasskeyScore:
     """Greedy decoding of the answers of prompts of one length.
 

@@ -169,7 +169,7 @@ _FILLER = (
 
 
 def passkey_text(length: int, generator: torch.Generator, *, held_out: bool = False) -> tuple[str, str]:
-    """A prompt of about `length` characters that ends in "The pass key is", and the key (arXiv 2305.16300, section 4.2).
+    """A prompt of about `length` characters that ends in "The pass key is", and the key (arXiv 2305.16300, 4.2).
 
     Five parts, one a line: the task, filler, the key stated twice, filler, the question. The key's place is drawn
     evenly over the filler.

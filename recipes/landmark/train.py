@@ -30,8 +30,13 @@ from hf_attn.training.passkeys import DigitPasskeys, passkey_text
 HERE = Path(__file__).parent
 # Sizes that show within seconds that everything runs and the loss falls.
 SMOKE = {
-    "model": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "num_key_value_heads": 2},
+    "model": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
     "landmark": {"block_size": 8, "top_k": 2, "train_length": 32},
     "stages": [{"length": 21, "steps": 20, "rows": 16}, {"length": 28, "steps": 10, "rows": 8}],
     "evaluation": {"prompts": 4, "times": [1, 4]},

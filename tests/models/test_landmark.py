@@ -124,7 +124,10 @@ def test_memory_of_the_cache():
     assert report["bytes"]["open"] == layers * kv_heads * size * 2 * dim * 4
     assert report["bytes"]["blocks"] == layers * kv_heads * 50 * size * 2 * dim * 4
     # Room is allocated ahead, for half as many blocks again at most.
-    assert report["device"] <= 1.5 * report["bytes"]["landmarks"] + 16 * layers * kv_heads * dim * 4 + report["bytes"]["open"]
+    assert (
+        report["device"]
+        <= 1.5 * report["bytes"]["landmarks"] + 16 * layers * kv_heads * dim * 4 + report["bytes"]["open"]
+    )
     assert report["largest_fetch"] <= 10 * 4 * 2 * size * 2 * dim * 4
 
 

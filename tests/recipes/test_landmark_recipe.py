@@ -1,4 +1,4 @@
-"""The landmark recipe: `--smoke` ends, its loss falls, a run that was interrupted goes on; its data are what they say."""
+"""The landmark recipe: `--smoke` ends, its loss falls, a run that was interrupted goes on; its data are right."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def test_held_out_keys_are_never_trained_on():
 def test_score_counts_keys_and_digits():
     """A model that repeats its last token is right where the answer does."""
     config = LlamaConfig(
-        vocab_size=20, hidden_size=20, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, bos_token_id=None,
-        eos_token_id=None, tie_word_embeddings=True,
+        vocab_size=20, hidden_size=20, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     for weight in model.parameters():
@@ -168,6 +168,8 @@ def test_tokens_of_tokenizers():
 def test_example(tiny_model, tmp_path):
     root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "examples/landmark_retrieval.py"), "--model", tiny_model, "--tokens", "600"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}
+    )
     assert done.returncode == 0, done.stderr
     assert "LandmarkLlamaForCausalLM" in done.stdout and "blocks read while decoding" in done.stdout

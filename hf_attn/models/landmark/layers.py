@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, apply_rotary_pos_emb
 
 from hf_attn import ops
-from hf_attn.call import TokenLayout
 from hf_attn.caches.landmark import LandmarkStore
+from hf_attn.call import TokenLayout
 from hf_attn.integrations.transformers.cache import cache_argument
 from hf_attn.integrations.transformers.landmark_cache import LandmarkCache
 from hf_attn.integrations.transformers.stats import stats_of
@@ -75,9 +75,7 @@ class LandmarkAttention:
         out = self._attend(query, key, value, position_embeddings, landmark_step)
         return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rotation: Any, step: DenseStep | CachedStep
-    ) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, rotation: Any, step: DenseStep | CachedStep) -> Tensor:
         stats = None if torch.compiler.is_compiling() else stats_of(self)
         if isinstance(step, DenseStep):
             query, key = apply_rotary_pos_emb(query, key, *rotation)
@@ -174,8 +172,8 @@ class LandmarkModel:
         """Feed a batch in chunks; every row has its own, and each is what it would be for the row alone."""
         if not isinstance(cache, LandmarkCache):
             raise TypeError(
-                f"landmark models need a LandmarkCache, got {type(cache).__name__}; leave the cache out (generate makes "
-                "one), or pass hf_attn.integrations.transformers.landmark_cache.LandmarkCache(model.config)"
+                f"landmark models need a LandmarkCache, got {type(cache).__name__}; leave the cache out (generate "
+                "makes one), or pass hf_attn.integrations.transformers.landmark_cache.LandmarkCache(model.config)"
             )
         if not self.config.landmark_insert:
             raise ValueError("landmark_insert=False runs without a cache; pass use_cache=False, or set it to True")
@@ -185,9 +183,7 @@ class LandmarkModel:
         before = torch.tensor(cache.regular_lengths(ids.shape[0]), device=ids.device)
         full = expand(ids, segment, before, size, self.config.landmark_token_id)
         starts = cache.lengths(ids.shape[0])
-        plans = [
-            chunks(n, start % size, size, chunk) for n, start in zip(full.lengths, starts, strict=True)
-        ]
+        plans = [chunks(n, start % size, size, chunk) for n, start in zip(full.lengths, starts, strict=True)]
         out, hidden, fed = None, None, [0] * ids.shape[0]
         for number in range(max(map(len, plans))):
             counts = [plan[number] if number < len(plan) else 0 for plan in plans]
