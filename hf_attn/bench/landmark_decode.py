@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
 from hf_attn.caches.landmark import LandmarkStore
-from hf_attn.nn.landmark import Chunk, Retrieval, Rotary, attend_chunk
+from hf_attn.mechanisms._landmark import Chunk, Retrieval, Rotary, attend_chunk
 
 
 def layer(length: int, heads: int, kv_heads: int, dim: int, options: Retrieval) -> tuple[Callable, Callable]:

@@ -133,7 +133,7 @@ def test_memory_of_the_cache():
 
 @torch.no_grad()
 def test_fetching_in_small_steps_changes_nothing(monkeypatch):
-    from hf_attn.nn import landmark
+    from hf_attn.mechanisms import _landmark as landmark
 
     model, ids = build(), tokens(2, 60)
     want = model(ids, use_cache=True).logits

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModel
 
 from hf_attn import ops
 from hf_attn.caches.landmark import LandmarkStore
+from hf_attn.mechanisms._landmark import Chunk, Retrieval, Rotary
 from hf_attn.models.landmark.layers import CachedStep, DenseStep
-from hf_attn.nn.landmark import Chunk, Retrieval, Rotary
 
 HAS_TRITON = False
 

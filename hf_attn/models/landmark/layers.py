@@ -21,10 +21,10 @@ from hf_attn.call import TokenLayout
 from hf_attn.integrations.transformers.cache import cache_argument
 from hf_attn.integrations.transformers.landmark_cache import LandmarkCache
 from hf_attn.integrations.transformers.stats import stats_of
+from hf_attn.mechanisms._landmark import Chunk, Retrieval, Rotary, attend_chunk
 from hf_attn.models.key_convolution import neighbours
 from hf_attn.models.landmark.configuration_landmark import check, chunk_tokens
 from hf_attn.models.landmark.insertion import Expanded, chunks, expand
-from hf_attn.nn.landmark import Chunk, Retrieval, Rotary, attend_chunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ training row holds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -331,8 +331,3 @@ def _counts(heads: int, chunk: Chunk, blocks: list[int], top_k: int, options: Re
         found["decode_blocks_read"] = heads * sum(count * min(top_k, number) for count, number in single)
         found["decode_blocks_cached"] = heads * sum(count * number for count, number in single)
     return found
-
-
-def with_observer(options: Retrieval, keep: Any) -> Retrieval:
-    """The same options, showing chosen blocks to `keep`."""
-    return replace(options, keep=keep)
