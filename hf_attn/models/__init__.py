@@ -4,11 +4,40 @@ from __future__ import annotations
 
 from hf_attn.integrations.transformers.auto import Family, register
 
+_LANDMARK = "hf_attn.models.landmark"
 _MOBA = "hf_attn.models.moba"
 _UOE = "hf_attn.models.uoe"
 
 # What AutoModel and AutoModelForCausalLM find after `import hf_attn`; each module exports the three classes by name.
 FAMILIES = (
+    Family(
+        "landmark_llama",
+        _LANDMARK,
+        "LandmarkLlamaConfig",
+        "LandmarkLlamaModel",
+        "LandmarkLlamaForCausalLM",
+    ),
+    Family(
+        "landmark_qwen2",
+        _LANDMARK,
+        "LandmarkQwen2Config",
+        "LandmarkQwen2Model",
+        "LandmarkQwen2ForCausalLM",
+    ),
+    Family(
+        "landmark_qwen3",
+        _LANDMARK,
+        "LandmarkQwen3Config",
+        "LandmarkQwen3Model",
+        "LandmarkQwen3ForCausalLM",
+    ),
+    Family(
+        "landmark_mistral",
+        _LANDMARK,
+        "LandmarkMistralConfig",
+        "LandmarkMistralModel",
+        "LandmarkMistralForCausalLM",
+    ),
     Family("moba_llama", _MOBA, "MobaLlamaConfig", "MobaLlamaModel", "MobaLlamaForCausalLM"),
     Family("moba_qwen2", _MOBA, "MobaQwen2Config", "MobaQwen2Model", "MobaQwen2ForCausalLM"),
     Family("moba_qwen3", _MOBA, "MobaQwen3Config", "MobaQwen3Model", "MobaQwen3ForCausalLM"),
@@ -22,7 +51,11 @@ FAMILIES = (
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).
-CONVERSIONS = {"moba": "hf_attn.models.moba.conversion", "uoe": "hf_attn.models.uoe.conversion"}
+CONVERSIONS = {
+    "landmark": "hf_attn.models.landmark.conversion",
+    "moba": "hf_attn.models.moba.conversion",
+    "uoe": "hf_attn.models.uoe.conversion",
+}
 
 
 def install() -> None:

@@ -1,4 +1,4 @@
-"""Passkeys of spoken letters hidden in real text, asked for at the end: the data of DuoAttention's gate training."""
+"""Passkeys hidden in text and asked for at its end: training data and evaluation prompts."""
 
 from __future__ import annotations
 
@@ -78,3 +78,110 @@ class PasskeyText:
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+KEY_DIGITS = 5
+
+
+def key_is_held_out(key: int) -> bool:
+    """Whether a 5-digit key is kept for evaluation: every tenth, by a hash, so that no digit gives it away."""
+    return (key * 2654435761 >> 16) % 10 == 3
+
+
+def draw_keys(count: int, generator: torch.Generator, held_out: bool) -> Tensor:
+    """Digits int64 `[count, 5]` of keys that are held out, or of keys that are not."""
+    keys: list[int] = []
+    while len(keys) < count:
+        drawn = torch.randint(10**KEY_DIGITS, (2 * count,), generator=generator).tolist()
+        keys += [key for key in drawn if key_is_held_out(key) == held_out]
+    powers = 10 ** torch.arange(KEY_DIGITS - 1, -1, -1)
+    return torch.tensor(keys[:count])[:, None] // powers % 10
+
+
+@dataclass(frozen=True)
+class DigitPasskeys:
+    """Passkeys in a tiny vocabulary, for models trained from scratch in minutes.
+
+    A row is filler with one key in it, then the question and the key again. A digit token carries its place in the key
+    (a "7" in first place and in second place are two tokens), so that what to look for follows from the last token.
+
+    Ids: 0 padding, 1 landmark, 2 question, 3 what announces the key, 4 to 53 digits (10 for each of 5 places), then
+    `filler` letters.
+
+    Args:
+        filler: letters, >= 1.
+        decoys: share of the filler that is digits of no key, in [0, 1): a block must be recognised by what announces
+            the key, not by its holding digits.
+    """
+
+    filler: int = 26
+    decoys: float = 0.0
+
+    padding = 0
+    landmark = 1
+    question = 2
+    announce = 3
+    first_digit = 4
+    first_letter = 4 + 10 * KEY_DIGITS
+
+    def __post_init__(self) -> None:
+        require_int("filler", self.filler, 1)
+        if not 0 <= self.decoys < 1:
+            raise ValueError(f"decoys must be a share in [0, 1), got {self.decoys}")
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids."""
+        return self.first_letter + self.filler
+
+    def rows(
+        self, count: int, length: int, generator: torch.Generator, *, held_out: bool = False, depth: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows int64 `[count, length]`, whose last five tokens are the answer, and that answer int64 `[count, 5]`.
+
+        `depth` in [0, 1] puts every key there; None draws it evenly. Raises ValueError when a row has no room.
+        """
+        digits = draw_keys(count, generator, held_out)
+        answer = self.first_digit + 10 * torch.arange(KEY_DIGITS) + digits
+        needle = torch.cat([torch.full((count, 1), self.announce), answer], 1)
+        tail = torch.cat([torch.full((count, 1), self.question), answer], 1)
+        size = needle.shape[1]
+        room = length - 2 * size
+        if room < 1:
+            raise ValueError(f"a row needs at least {2 * size + 1} tokens, got length={length}")
+        letters = self.first_letter + torch.randint(self.filler, (count, room), generator=generator)
+        false_digits = self.first_digit + torch.randint(10 * KEY_DIGITS, (count, room), generator=generator)
+        letters = torch.where(torch.rand(count, room, generator=generator) < self.decoys, false_digits, letters)
+        place = torch.randint(room + 1, (count, 1), generator=generator)
+        if depth is not None:
+            place = torch.full((count, 1), round(depth * room))
+        spots = torch.arange(room).expand(count, room)
+        ids = torch.zeros(count, length, dtype=torch.long)
+        ids.scatter_(1, spots + (spots >= place) * size, letters).scatter_(1, place + torch.arange(size), needle)
+        ids[:, room + size :] = tail
+        return ids, answer
+
+
+_FILLER = (
+    "Rain fell on the roof all night. The cat slept by the stove. A train passed far away. "
+    "Leaves turned brown and dropped. The kettle began to hum. "
+)
+
+
+def passkey_text(length: int, generator: torch.Generator, *, held_out: bool = False) -> tuple[str, str]:
+    """A prompt of about `length` characters that ends in "The pass key is", and the key (arXiv 2305.16300, 4.2).
+
+    Five parts, one a line: the task, filler, the key stated twice, filler, the question. The key's place is drawn
+    evenly over the filler.
+    """
+    key = "".join(map(str, draw_keys(1, generator, held_out)[0].tolist())).lstrip("0") or "0"
+    before = int(torch.randint(length + 1, (), generator=generator))
+    filler = _FILLER * (length // len(_FILLER) + 2)
+    parts = [
+        "Somewhere in the text below a pass key is given. Find it and keep it in mind, you will be asked for it.",
+        filler[:before],
+        f"The pass key is {key}. Remember it. {key} is the pass key.",
+        filler[: length - before],
+        "What is the pass key? The pass key is",
+    ]
+    return "\n".join(parts), key
