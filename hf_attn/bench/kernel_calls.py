@@ -224,6 +224,23 @@ def _sink_window(shape: Shape) -> tuple[Any, ...]:
     return *shape.tensors(), shape.token_index(), 128, 512, shape.scale
 
 
+def _head_routed(q_len: int | None = None) -> Callable[[Shape], tuple[Any, ...]]:
+    """Two thirds of the heads of every token."""
+
+    def arguments(shape: Shape) -> tuple[Any, ...]:
+        query, key, value = shape.tensors(q_len)
+        heads = torch.rand(query.shape[:3], device=shape.device) < 0.67
+        return query, key, value, heads, shape.token_index(q_len), shape.causal, shape.scale, False
+
+    return arguments
+
+
+def _head_routed_gradients(shape: Shape) -> tuple[Any, ...]:
+    given = _head_routed()(shape)
+    out, lse = _find(_HEAD_ROUTED[0])(*given)
+    return torch.randn_like(out), *given[:5], out, lse, *given[5:7]
+
+
 def _backward(op: str, tensors: int, forward: Callable[[Shape], tuple[Any, ...]]) -> Callable[[Shape], tuple[Any, ...]]:
     """Arguments of a backward op: gradients, the first `tensors` arguments of the forward, its results, its options."""
 
@@ -248,6 +265,11 @@ _PAGED = "paged.triton_op:paged_attention", "paged.op:paged_attention"
 _STATISTICS = "paged.triton_op:page_statistics", "paged.op:page_statistics"
 _PAGE_SCORES = "paged.triton_op:page_scores", "paged.op:page_scores"
 _WINDOW = "windowed.triton_op:sink_window_attention", "windowed.op:sink_window_attention"
+_HEAD_ROUTED = "head_routed.triton_op:head_routed_attention", "head_routed.op:head_routed_attention"
+_HEAD_ROUTED_BACKWARD = (
+    "head_routed.triton_op:head_routed_attention_backward",
+    "head_routed.op:head_routed_attention_backward",
+)
 _sparse_gradients = _backward(_SPARSE[0], 6, _block_sparse())
 _routed_gradients = _backward(_ROUTED[0], 5, _routed())
 
@@ -276,6 +298,9 @@ CALLS = (
     KernelCall("paged attention: int4, lists of KV heads", *_PAGED, _paged("int4", False)),
     KernelCall("paged attention: int4, ring", *_PAGED, _ring),
     KernelCall("sink-window attention", *_WINDOW, _sink_window),
+    KernelCall("head-routed attention", *_HEAD_ROUTED, _head_routed()),
+    KernelCall("head-routed attention: decode", *_HEAD_ROUTED, _head_routed(1)),
+    KernelCall("head-routed attention: backward", *_HEAD_ROUTED_BACKWARD, _head_routed_gradients),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hf_attn.integrations.transformers.auto import Family, register
 
 _MOBA = "hf_attn.models.moba"
+_MOH = "hf_attn.models.moh"
 
 # What AutoModel and AutoModelForCausalLM find after `import hf_attn`; each module exports the three classes by name.
 FAMILIES = (
@@ -13,10 +14,14 @@ FAMILIES = (
     Family("moba_qwen3", _MOBA, "MobaQwen3Config", "MobaQwen3Model", "MobaQwen3ForCausalLM"),
     Family("moba_mistral", _MOBA, "MobaMistralConfig", "MobaMistralModel", "MobaMistralForCausalLM"),
     Family("moba_hybrid", "hf_attn.models.moba_hybrid", "MobaHybridConfig", "MobaHybridModel", "MobaHybridForCausalLM"),
+    Family("moh_llama", _MOH, "MoHLlamaConfig", "MoHLlamaModel", "MoHLlamaForCausalLM"),
+    Family("moh_qwen2", _MOH, "MoHQwen2Config", "MoHQwen2Model", "MoHQwen2ForCausalLM"),
+    Family("moh_qwen3", _MOH, "MoHQwen3Config", "MoHQwen3Model", "MoHQwen3ForCausalLM"),
+    Family("moh_mistral", _MOH, "MoHMistralConfig", "MoHMistralModel", "MoHMistralForCausalLM"),
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).
-CONVERSIONS = {"moba": "hf_attn.models.moba.conversion"}
+CONVERSIONS = {"moba": "hf_attn.models.moba.conversion", "moh": "hf_attn.models.moh.conversion"}
 
 
 def install() -> None:

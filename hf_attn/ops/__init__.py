@@ -14,6 +14,7 @@ if (_kernel_sources / ".hf_attn_kernels").is_file():
 from hf_attn.ops.backend import choose_path  # noqa: E402
 from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
+from hf_attn.ops.head_routed import head_routed_attention  # noqa: E402
 from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
 from hf_attn.ops.paged import page_scores, page_statistics, paged_attention, select_pages  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "choose_path",
     "dense_attention",
     "gated_streaming_attention",
+    "head_routed_attention",
     "key_block_major",
     "key_convolution",
     "page_scores",
