@@ -33,9 +33,11 @@ def convert(model_or_repo: Any, name: str, *, load: dict[str, Any] | None = None
     Args:
         model_or_repo: a transformers causal language model, or a Hub id or folder of one, which is loaded straight into
             the new class.
-        name: "moba": Llama, Qwen2, Qwen3 and Mistral with a key convolution.
+        name: "moba": Llama, Qwen2, Qwen3 and Mistral with a key convolution. "moh": the same families, and DiT, with
+            Mixture-of-Head attention.
         load: arguments of `from_pretrained` for a Hub id or folder (`dtype`, `device_map`, `revision`, ...).
-        options: the system's options. For "moba" those of the mechanism, and `kconv_width` (odd, default 3).
+        options: the system's options. For "moba" those of the mechanism, and `kconv_width` (odd, default 3). For
+            "moh" see docs/moh.md.
 
     The result saves, loads and pushes as `AutoModelForCausalLM` and gives the logits of the model it came from until it
     is trained. A given model is left as it is, but both share their weights: training one changes the other, so drop

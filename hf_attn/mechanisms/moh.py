@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,13 +81,25 @@ def _route(call: AttentionCall, config: MoHConfig) -> Tensor:
         raise ValueError(f"moh compares all {whole} heads of a layer, got {count} of them; use no tensor parallelism")
     shared = list(range(count // 2)) if config.shared_heads is None else config.shared_heads
     top_k = (count - len(shared)) // 2 or 1 if config.top_k is None else config.top_k
-    check_heads(shared, top_k, count, router="query_norm", name="")
+    check_heads(shared, top_k, count, router="learned", name="")
     norms = call.query.detach().float().square().sum(-1).transpose(1, 2)
     routed = [head for head in range(count) if head not in set(shared)]
     heads = torch.ones_like(norms, dtype=torch.bool)
     if routed:
         heads[..., routed] = choose_top_k(norms[..., routed], top_k)
     return heads
+
+
+def attended(call: AttentionCall, config: MoHConfig, rows: Tensor) -> Tensor:
+    """Keys that the given query rows read, bool `[B, Hq, R, Nk]`; for rows without padding."""
+    heads = _route(call, config).transpose(1, 2)[:, :, rows, None]
+    last = (rows + call.k_len - call.q_len)[:, None] if call.causal else call.k_len
+    return heads & (torch.arange(call.k_len, device=rows.device) <= last)
+
+
+def describe(config: MoHConfig, q_len: int, k_len: int) -> dict[str, Any]:
+    """The density depends on the input: on how many heads the layer has, and on which tokens chose which."""
+    return {"density": None}
 
 
 MECHANISM = Mechanism(
@@ -96,4 +109,6 @@ MECHANISM = Mechanism(
     config=MoHConfig,
     capabilities=Capabilities(triton=True),
     attend=attend,
+    attended=attended,
+    describe=describe,
 )

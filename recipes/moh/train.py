@@ -46,7 +46,7 @@ def load(options: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
     if options["model"] == "random":
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=BYTE_VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            vocab_size=BYTE_VOCABULARY, hidden_size=96, intermediate_size=96, num_hidden_layers=2,
             num_attention_heads=6, num_key_value_heads=2, head_dim=16, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         return LlamaForCausalLM(config).eval(), byte_ids

@@ -105,7 +105,7 @@ def test_packing(monkeypatch):
 
 def test_only_chosen_pairs_are_computed(monkeypatch):
     """The fused kernel and the products see gathered rows alone; a call below the crossover runs dense and says so."""
-    *tensors, chosen = inputs(9, 3, 2000, 2000, 8, 8, batch=1, dtype=torch.float32)
+    *tensors, chosen = inputs(9, 3, 4100, 4100, 8, 8, batch=1, dtype=torch.float32)
     rows = []
     attend = torch_path._attend
     monkeypatch.setattr(torch_path, "_attend", lambda q, k, *rest: (rows.append(len(q)), attend(q, k, *rest))[1])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,11 +14,34 @@ from hf_attn.analysis.texts import python_reference_text, token_windows
 from hf_attn.models.conversion import Conversion, carried_over
 from hf_attn.models.moh.calibration import fit_router, largest_heads, measure_heads
 from hf_attn.models.moh.configuration_moh import layer_heads
+from hf_attn.ops.head_routed import check_heads
 
 _MODULE = "hf_attn.models.moh.modeling_moh"
 # Options that go into the config under another name.
 _FIELDS = ("router", "top_k", "aux_coef", "router_scaling", "aux_form", "ste", "router_granularity")
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 256
+
+
+def configure_dit(base: dict[str, Any], model_class: type, options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the converted DiT: the same shared heads (the first ones) and `top_k` in every layer."""
+    known = inspect.signature(model_class.__init__).parameters
+    given = {key: value for key, value in base.items() if key in known}
+    heads = given.get("num_attention_heads", known["num_attention_heads"].default)
+    layers = given.get("num_layers", known["num_layers"].default)
+    shared, top_k = options.get("shared_heads", heads // 2), options.get("top_k")
+    unknown = set(options) - {"shared_heads", "top_k", "router_scaling"}
+    if unknown:
+        raise ValueError(
+            f"convert(<DiT>, 'moh') has no option {sorted(unknown)[0]!r}; options: shared_heads, top_k, router_scaling"
+        )
+    if isinstance(shared, bool) or not isinstance(shared, int) or not 0 <= shared <= heads:
+        raise ValueError(f"shared_heads must be a number from 0 to {heads} for a DiT (the first heads), got {shared!r}")
+    top_k = (heads - shared) // 2 if top_k is None else top_k
+    check_heads(list(range(shared)), top_k, heads, router="learned")
+    fields = {"moh_layers": [[heads, shared, top_k]] * layers}
+    if "router_scaling" in options:
+        fields["moh_router_scaling"] = options["router_scaling"]
+    return {**given, **fields}
 
 
 def prepare(load: Callable[[], nn.Module], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -29,6 +53,8 @@ def prepare(load: Callable[[], nn.Module], options: dict[str, Any]) -> tuple[dic
     if isinstance(shared, list) and not fit:
         return options, {}
     model = load()
+    if not hasattr(model.config, "num_hidden_layers"):  # a DiT: nothing to calibrate
+        return options, {}
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     count = heads // 2 if shared is None else shared
     if not isinstance(shared, list) and (
@@ -73,6 +99,8 @@ def configure(
     base: PreTrainedConfig, config_class: type[PreTrainedConfig], options: dict[str, Any]
 ) -> PreTrainedConfig:
     """Config of the converted model; it runs on `hf_attn_moh`, which skips the heads that are not chosen."""
+    if isinstance(base, Mapping):
+        return configure_dit(base, config_class, options)
     options = dict(options)
     skip = options.pop("skip", True)
     if options.get("router") == "learned":
@@ -97,6 +125,7 @@ CONVERSION = Conversion(
         "qwen2": (_MODULE, "MoHQwen2ForCausalLM"),
         "qwen3": (_MODULE, "MoHQwen3ForCausalLM"),
         "mistral": (_MODULE, "MoHMistralForCausalLM"),
+        "DiTTransformer2DModel": ("hf_attn.models.moh_dit", "MoHDiTTransformer2DModel"),
     },
     configure=configure,
     prepare=prepare,
