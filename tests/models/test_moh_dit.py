@@ -57,7 +57,7 @@ def test_conversion_and_saving(tmp_path):
 def test_loads_in_the_pipeline(tmp_path):
     """Other numbers of heads in every layer, as published."""
     torch.manual_seed(0)
-    transformer = MoHDiTTransformer2DModel(**SMALL, moh_layers=[[2, 2, 0], [6, 3, 1]]).eval()
+    transformer = MoHDiTTransformer2DModel(**SMALL, out_channels=8, moh_layers=[[2, 2, 0], [6, 3, 1]]).eval()
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
     pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler())
     pipe.save_pretrained(tmp_path)

@@ -17,9 +17,9 @@ ROWS = 192
 # Rows a call may have to be computed by plain products, without a copy of the keys.
 FEW_ROWS = 16
 # Dense attention is as fast below these: query rows of a prefill, and rows of the batch times keys of a decoding step.
-MIN_PREFILL, MIN_DECODE = 1024, 2048
+MIN_PREFILL, MIN_DECODE = 4096, 2048
 # Pairs that must be skipped to pay for gathering, as a share of all.
-MIN_SKIPPED = 0.12
+MIN_SKIPPED = 0.3
 
 _fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
@@ -44,9 +44,11 @@ def forward(
         if rows is None:
             out[batch, head], lse[batch, head] = _all_rows(q, k, v, causal, scale)
         else:
-            for run in rows.split(ROWS):
-                part, sums = _run(q[run], k, v, run, q.shape[0], causal, scale)
-                out[batch, head, run], lse[batch, head, run] = part, sums
+            picked = q.index_select(0, rows)
+            runs = zip(picked.split(ROWS), rows.split(ROWS), strict=True)
+            parts, sums = zip(*(_run(some, k, v, run, q.shape[0], causal, scale) for some, run in runs), strict=True)
+            out[batch, head].index_copy_(0, rows, torch.cat(parts))
+            lse[batch, head].index_copy_(0, rows, torch.cat(sums))
     if dense:
         out.masked_fill_(~heads[..., None], 0)
         lse.masked_fill_(~heads, float("-inf"))
@@ -145,11 +147,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     if query.shape[0] > FEW_ROWS and _can_fuse(query, value):
         bias = None
         if mask is not None:
-            bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))[None, None]
+            bias = torch.where(mask, 0.0, float("-inf")).to(query.dtype)[None, None]
         out, lse = _fused(*(x[None, None] for x in (query, key, value)), 0.0, False, attn_mask=bias, scale=scale)
         out, lse = out[0, 0], lse[0, 0]
-        if mask is not None:  # the kernel says 0 where a row sees nothing
-            lse = lse.masked_fill(~mask.any(1), float("-inf"))
+        if mask is not None:  # the kernel says 0 where a row sees nothing; rows see the first key or none
+            lse = lse.masked_fill(~mask[:, 0], float("-inf"))
         return out, lse
     wide = _wide(query.dtype)
     scores = (query @ key.mT).to(wide) * scale
