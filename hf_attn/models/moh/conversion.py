@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pydoc_data.topics import topics
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
-from hf_attn.analysis.texts import python_reference_text, token_windows
 from hf_attn.models.conversion import Conversion, carried_over
 from hf_attn.models.moh.calibration import fit_router, largest_heads, measure_heads
 from hf_attn.models.moh.configuration_moh import layer_heads
@@ -92,7 +93,10 @@ def _rows(model: nn.Module, rows: Any) -> Tensor:
             "shared heads are found by calibration, which needs text, and this model has no tokenizer beside it "
             f"({model.name_or_path!r}); pass tokens=<token ids [rows, length]>, or shared_heads=[0, 1, 2]"
         ) from error
-    return token_windows(tokenizer, [python_reference_text()], length=CALIBRATION_LENGTH, count=CALIBRATION_ROWS)
+    count = CALIBRATION_ROWS * CALIBRATION_LENGTH
+    # No tokenizer makes fewer than one token of 32 characters of prose.
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics))[: 32 * count]
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:count]).view(-1, CALIBRATION_LENGTH)
 
 
 def configure(
