@@ -193,3 +193,9 @@ def test_published_llama_checkpoint_loads(tmp_path):
     config = AutoConfig.for_model("moh_llama", **{k: v for k, v in base.config.to_dict().items() if k != "model_type"})
     model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
     assert model.activated_heads == 0.75
+
+
+def test_calibration_by_the_models_own_tokenizer(tiny_model):
+    model = hf_attn.convert(tiny_model, "moh", shared_heads=1, top_k=1)
+    layers = model.config.num_hidden_layers
+    assert [len(shared) for shared in model.config.moh_shared_heads] == [1] * layers
