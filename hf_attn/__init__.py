@@ -70,6 +70,9 @@ _HOMES = {
     "ParoPlan": "hf_attn.integrations.diffusers.plan",
     "LServeCache": "hf_attn.integrations.transformers.cache",
     "LServeConfig": "hf_attn.mechanisms.lserve",
+    # Named in a pipeline's model_index.json as classes of this module, where diffusers also looks for their base.
+    "MoHDiTTransformer2DModel": "hf_attn.models.moh_dit",
+    "ModelMixin": "diffusers",
     "cache_report": "hf_attn.integrations.transformers.cache",
     "classify_heads": "hf_attn.mechanisms.lserve",
     "load_duo_heads": "hf_attn.mechanisms.lserve",

@@ -163,4 +163,17 @@ CASES = [
         size_option="page_size",
         bad_options=LSERVE_BAD,
     ),
+    Case(
+        id="moh",
+        mechanism="moh",
+        options={"shared_heads": [0], "top_k": 1},
+        dense_options={"shared_heads": [0], "top_k": 5},  # of the six heads of that test
+        block_size=16,
+        size_option="top_k",
+        bad_options={
+            "top_k 0": ({"top_k": 0}, "top_k must be an integer >= 1, got 0"),
+            "shared head": ({"shared_heads": [-1]}, "shared_heads must hold head indices >= 0, got -1"),
+            "unknown": ({"heads": 3}, "has no option 'heads'"),
+        },
+    ),
 ]

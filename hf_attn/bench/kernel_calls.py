@@ -243,6 +243,23 @@ def _quantized(qk_bits: int | None, pv_bits: int | None, block: int = 64) -> Cal
     return arguments
 
 
+def _head_routed(q_len: int | None = None) -> Callable[[Shape], tuple[Any, ...]]:
+    """Two thirds of the heads of every token."""
+
+    def arguments(shape: Shape) -> tuple[Any, ...]:
+        query, key, value = shape.tensors(q_len)
+        heads = torch.rand(query.shape[:3], device=shape.device) < 0.67
+        return query, key, value, heads, shape.token_index(q_len), shape.causal, shape.scale, False
+
+    return arguments
+
+
+def _head_routed_gradients(shape: Shape) -> tuple[Any, ...]:
+    given = _head_routed()(shape)
+    out, lse = _find(_HEAD_ROUTED[0])(*given)
+    return torch.randn_like(out), *given[:5], out, lse, *given[5:7]
+
+
 def _backward(op: str, tensors: int, forward: Callable[[Shape], tuple[Any, ...]]) -> Callable[[Shape], tuple[Any, ...]]:
     """Arguments of a backward op: gradients, the first `tensors` arguments of the forward, its results, its options."""
 
@@ -269,6 +286,11 @@ _PAGE_SCORES = "paged.triton_op:page_scores", "paged.op:page_scores"
 _WINDOW = "windowed.triton_op:sink_window_attention", "windowed.op:sink_window_attention"
 _PYRAMID = "pyramid.triton_op:pyramid_attention", "pyramid.op:pyramid_attention"
 _QUANTIZED = "quantized.triton_op:quantized_block_attention", "quantized.op:quantized_block_attention"
+_HEAD_ROUTED = "head_routed.triton_op:head_routed_attention", "head_routed.op:head_routed_attention"
+_HEAD_ROUTED_BACKWARD = (
+    "head_routed.triton_op:head_routed_attention_backward",
+    "head_routed.op:head_routed_attention_backward",
+)
 _sparse_gradients = _backward(_SPARSE[0], 6, _block_sparse())
 _routed_gradients = _backward(_ROUTED[0], 5, _routed())
 
@@ -300,6 +322,9 @@ CALLS = (
     KernelCall("pyramid attention", *_PYRAMID, _pyramid),
     KernelCall("quantised attention: int8 QK", *_QUANTIZED, _quantized(8, None), takes_bias=True),
     KernelCall("quantised attention: int8 QK and PV", *_QUANTIZED, _quantized(8, 8), takes_bias=True),
+    KernelCall("head-routed attention", *_HEAD_ROUTED, _head_routed()),
+    KernelCall("head-routed attention: decode", *_HEAD_ROUTED, _head_routed(1)),
+    KernelCall("head-routed attention: backward", *_HEAD_ROUTED_BACKWARD, _head_routed_gradients),
 )
 
 

@@ -6,6 +6,7 @@ from hf_attn.integrations.transformers.auto import Family, register
 
 _LANDMARK = "hf_attn.models.landmark"
 _MOBA = "hf_attn.models.moba"
+_MOH = "hf_attn.models.moh"
 _UOE = "hf_attn.models.uoe"
 
 # What AutoModel and AutoModelForCausalLM find after `import hf_attn`; each module exports the three classes by name.
@@ -48,12 +49,17 @@ FAMILIES = (
     Family("uoe_qwen3", _UOE, "UoeQwen3Config", "UoeQwen3Model", "UoeQwen3ForCausalLM"),
     Family("uoe_mistral", _UOE, "UoeMistralConfig", "UoeMistralModel", "UoeMistralForCausalLM"),
     Family("tnl", "hf_attn.models.tnl", "TnlConfig", "TnlModel", "TnlForCausalLM"),
+    Family("moh_llama", _MOH, "MoHLlamaConfig", "MoHLlamaModel", "MoHLlamaForCausalLM"),
+    Family("moh_qwen2", _MOH, "MoHQwen2Config", "MoHQwen2Model", "MoHQwen2ForCausalLM"),
+    Family("moh_qwen3", _MOH, "MoHQwen3Config", "MoHQwen3Model", "MoHQwen3ForCausalLM"),
+    Family("moh_mistral", _MOH, "MoHMistralConfig", "MoHMistralModel", "MoHMistralForCausalLM"),
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).
 CONVERSIONS = {
     "landmark": "hf_attn.models.landmark.conversion",
     "moba": "hf_attn.models.moba.conversion",
+    "moh": "hf_attn.models.moh.conversion",
     "uoe": "hf_attn.models.uoe.conversion",
 }
 

@@ -16,6 +16,7 @@ from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
 from hf_attn.ops.documents import document_attention, document_scores  # noqa: E402
 from hf_attn.ops.grouped import grouped_softmax_attention  # noqa: E402
+from hf_attn.ops.head_routed import head_routed_attention  # noqa: E402
 from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
 from hf_attn.ops.linear import linear_attention  # noqa: E402
@@ -47,6 +48,7 @@ __all__ = [
     "document_scores",
     "gated_streaming_attention",
     "grouped_softmax_attention",
+    "head_routed_attention",
     "key_block_major",
     "key_convolution",
     "linear_attention",

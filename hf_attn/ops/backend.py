@@ -21,6 +21,7 @@ _CHECK_VARIABLE = "HF_ATTN_CHECK"
 TRITON_OPS = frozenset(
     {
         "block_sparse_attention",
+        "head_routed_attention",
         "page_scores",
         "page_statistics",
         "paged_attention",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import threshold_
 
 # Tokens (rows times length) whose products are formed at a time: larger strips leave the L2 cache.
-STRIP_TOKENS = 512
+STRIP_TOKENS = 1024
 _KEPT = threading.local()
 
 

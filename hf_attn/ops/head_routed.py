@@ -1,0 +1,105 @@
+"""head_routed_attention: every token computes only the heads it chose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_attn.call import AttentionCall, TokenLayout
+from hf_attn.ops.backend import autocast, check_qkv, choose_path, may_go_dense, resolve_tokens
+from hf_attn.ops.dense import dense_attention
+from hf_attn.ops.hfattn_sparse.counters import count
+
+
+def head_routed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    tokens: TokenLayout | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    key_start: Tensor | int | None = None,
+    key_length: Tensor | None = None,
+) -> Tensor:
+    """Attention of the (head, token) pairs in `heads`; all others cost nothing and give 0 (MoH, arXiv 2410.11842).
+
+    Args:
+        query: `[B, Hq, Nq, D]`.
+        key, value: `[B, Hkv, Nk, D]`, `[B, Hkv, Nk, Dv]`; `Hq % Hkv == 0`, `Dv` may differ from `D`.
+        heads: bool `[B, Hq, Nq]`, the heads each query token computes.
+        causal: query row r sees keys up to `r + Nk - Nq`.
+        scale: factor on the scores, default `D ** -0.5`.
+        tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length: as in `block_sparse_attention`.
+
+    Returns `[B, Hq, Nq, Dv]`; rows that see no key give 0. Differentiable in query, key and value. On CPUs short
+    sequences, and choices of nearly all heads, are computed densely unless HF_ATTN_BACKEND names a path.
+
+    Raises ValueError for shapes or dtypes that do not fit, naming the argument.
+    """
+    query, key, value = autocast(query, key, value)
+    check_qkv(query, key, value)
+    if heads.shape != query.shape[:3] or heads.dtype != torch.bool:
+        raise ValueError(
+            f"heads must be a bool tensor [{', '.join(map(str, query.shape[:3]))}] (batch, query heads, tokens), got "
+            f"{tuple(heads.shape)} {heads.dtype}"
+        )
+    path = choose_path("head_routed_attention", query, query.shape[3], value.shape[3])
+    index = resolve_tokens(query, key, tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length)
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+
+    from hf_attn.ops.hfattn_sparse.head_routed import op
+
+    if path == "reference":
+        return op.run_reference(query, key, value, heads, index, causal, scale)
+    if path == "triton":
+        from hf_attn.ops.hfattn_sparse.head_routed.triton_op import head_routed_attention as attend
+    else:
+        if index is None and not torch.compiler.is_compiling() and routes_dense(heads, key.shape[2]):
+            count("head_routed_attention", "torch: dense")
+            layout = TokenLayout.full(query.shape[0], query.shape[2], key.shape[2])
+            out = dense_attention(AttentionCall(query, key, value, scale, causal, layout))
+            return out.masked_fill(~heads[..., None], 0)
+        attend = op.head_routed_attention
+    return attend(query, key, value, heads, index, causal, scale, may_go_dense())[0]
+
+
+def routes_dense(heads: Tensor, k_len: int) -> bool:
+    """Whether `head_routed_attention` computes all heads of a full row on the CPU, because that is as fast."""
+    from hf_attn.ops.hfattn_sparse.head_routed import torch_path
+
+    return may_go_dense() and heads.device.type == "cpu" and torch_path.prefers_dense(heads, k_len)
+
+
+def choose_top_k(scores: Tensor, top_k: int) -> Tensor:
+    """Bool mask of the `top_k` largest entries of the last dimension; of equal ones the first is taken."""
+    order = scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def check_heads(shared: Sequence[int], top_k: int, num_heads: int, *, router: str, name: str = "moh_") -> None:
+    """Raise ValueError, naming the field, for shared heads and a `top_k` that do not fit `num_heads` heads."""
+    for head in shared:
+        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < num_heads:
+            raise ValueError(f"{name}shared_heads must hold head indices from 0 to {num_heads - 1}, got {head!r}")
+    if len(set(shared)) != len(shared):
+        raise ValueError(f"{name}shared_heads must not repeat a head, got {list(shared)}")
+    routed = num_heads - len(shared)
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= routed:
+        raise ValueError(
+            f"{name}top_k must be an integer from 0 to the {routed} routed heads ({num_heads} heads, {len(shared)} "
+            f"shared), got {top_k!r}"
+        )
+    if not shared and top_k == 0:
+        raise ValueError(f"{name}top_k must be >= 1 without shared heads, got 0")
+    if router == "query_norm" and routed == 1:
+        raise ValueError(
+            f"{name}router='query_norm' compares heads, so it needs at least 2 routed heads, got {routed}; share one "
+            "head less, or all of them"
+        )

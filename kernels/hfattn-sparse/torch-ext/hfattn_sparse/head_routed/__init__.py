@@ -1,0 +1,1 @@
+"""Attention of the heads that each token chose; see `op`."""

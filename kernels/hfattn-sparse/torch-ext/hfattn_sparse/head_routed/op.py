@@ -1,0 +1,110 @@
+"""Head-routed attention as a custom op: sequences are cut out here, one core call computes each of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._ops import add_op_namespace_prefix
+from ..counters import count
+from ..sequences import HOST_SYNC, split_sequences, take
+from . import reference, torch_path
+
+
+def run_reference(
+    query: Tensor, key: Tensor, value: Tensor, heads: Tensor, index: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """The reference under plain autograd; arguments as `head_routed_attention`."""
+    count("head_routed_attention", "reference")
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    for s in split_sequences(index, query.shape[2], key.shape[2], causal):
+        picked = take(query, s.batch, s.q), take(key, s.batch, s.k), take(value, s.batch, s.k)
+        out[s.batch, :, s.q], _ = reference.forward(*picked, take(heads, s.batch, s.q), causal=causal, scale=scale)
+    return out
+
+
+@torch.library.custom_op(add_op_namespace_prefix("head_routed_attention"), mutates_args=(), tags=HOST_SYNC)
+def head_routed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Tensor,
+    index: Tensor | None,
+    causal: bool,
+    scale: float,
+    allow_dense: bool,
+) -> tuple[Tensor, Tensor]:
+    """out `[B, Hq, Nq, Dv]` and lse `[B, Hq, Nq]`.
+
+    Args:
+        query, key, value: `[B, Hq, Nq, D]`, `[B, Hkv, Nk, D]`, `[B, Hkv, Nk, Dv]`.
+        heads: bool `[B, Hq, Nq]`.
+        index: token index int32 `[B, 2, Nq + Nk]` (see `sequences.split_sequences`) or None.
+        allow_dense: compute all heads of a sequence where that is faster.
+    """
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = torch.full(query.shape[:3], float("-inf"), dtype=wide, device=query.device)
+    for s in split_sequences(index, query.shape[2], key.shape[2], causal):
+        chosen, keys = take(heads, s.batch, s.q), take(key, s.batch, s.k)
+        dense = allow_dense and torch_path.prefers_dense(chosen, keys.shape[2])
+        count("head_routed_attention", "torch: dense" if dense else "torch")
+        out[s.batch, :, s.q], lse[s.batch, :, s.q] = torch_path.forward(
+            take(query, s.batch, s.q), keys, take(value, s.batch, s.k), chosen, causal=causal, scale=scale, dense=dense
+        )
+    return out, lse
+
+
+@head_routed_attention.register_fake
+def _(query, key, value, heads, index, causal, scale, allow_dense):
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    return out, query.new_empty(query.shape[:3], dtype=wide)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("head_routed_attention_backward"), mutates_args=(), tags=HOST_SYNC)
+def head_routed_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: Tensor,
+    index: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    count("head_routed_attention_backward", "torch")
+    grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    for s in split_sequences(index, query.shape[2], key.shape[2], causal):
+        asked = [take(x, s.batch, s.q) for x in (grad_out, query, heads, out, lse)]
+        keys = [take(x, s.batch, s.k) for x in (key, value)]
+        parts = torch_path.backward(asked[0], asked[1], *keys, *asked[2:], causal=causal, scale=scale)
+        for grad, part, rows in zip(grads, parts, (s.q, s.k, s.k), strict=True):
+            grad[s.batch, :, rows] = part
+    return tuple(grads)
+
+
+@head_routed_attention_backward.register_fake
+def _(grad_out, query, key, value, heads, index, out, lse, causal, scale):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+
+
+def save_for_backward(ctx, inputs, output):
+    """Context of both the torch and the Triton op."""
+    query, key, value, heads, index, ctx.causal, ctx.scale, _ = inputs
+    ctx.save_for_backward(query, key, value, heads, index, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, _):
+    if grad_out is None:
+        return (None,) * 8
+    grads = head_routed_attention_backward(grad_out, *ctx.saved_tensors, ctx.causal, ctx.scale)
+    return *grads, None, None, None, None, None
+
+
+head_routed_attention.register_autograd(_backward, setup_context=save_for_backward)
