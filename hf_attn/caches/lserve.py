@@ -178,14 +178,16 @@ class LServeStore(LayerStore):
         self.selection = selection
 
     def next_number(self) -> int | None:
-        """Number of the next token where a step can be short: rows of one length, all real, streaming heads in a ring."""
+        """Number of the next token where a step can be short: equal rows, all real, streaming heads in a ring."""
         if self.real is not None or not self.lengths or self.lengths.count(self.lengths[0]) != len(self.lengths):
             return None
         if not self.streaming.ring and not self._all_retrieve:
             return None
         return self.lengths[0]
 
-    def commit_one(self, tokens: tuple[Tensor, Tensor] | None, keys: Tensor | None, selection: Selection | None) -> None:
+    def commit_one(
+        self, tokens: tuple[Tensor, Tensor] | None, keys: Tensor | None, selection: Selection | None
+    ) -> None:
         """`commit` of one token a row where `next_number` is given.
 
         Args:

@@ -96,7 +96,9 @@ class StreamingKV:
             position = self.held.position.new_full((key.shape[0], 1), number)
             self.append(self.encode(key, value, position, scales), single=True, number=number)
             return
-        new = Held(Pages(key[:, :, None]), Pages(value[:, :, None]), self.held.position.new_full((key.shape[0], 1), number))
+        new = Held(
+            Pages(key[:, :, None]), Pages(value[:, :, None]), self.held.position.new_full((key.shape[0], 1), number)
+        )
         undo = Undo(self.held, True, self.evicted, new, [])
         self._write_slot(new, number, undo.overwritten)
         self._undo = undo

@@ -42,7 +42,9 @@ def short_step(call: AttentionCall, config: Any, store: LServeStore) -> tuple[Te
     part = tail = keys = window = selection = None
     with torch.no_grad():
         if reads:
-            keys, values, queries = (_picked(x, h) for x, h in ((key, retrieval), (value, retrieval), (query, retrieving)))
+            keys, values, queries = (
+                _picked(x, h) for x, h in ((key, retrieval), (value, retrieval), (query, retrieving))
+            )
             store.paged.write(keys, values, [1] * batch, store.scales)
             found = _retrieve(queries, keys, values, number, config, store, call.scale, done)
             if found is None:
@@ -138,9 +140,7 @@ def _stream(query: Tensor, key: Tensor, value: Tensor, number: int, store: LServ
 
 @lru_cache(maxsize=8)
 @outliving
-def ring_mask(
-    number: int, size: int, sink: int, local: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def ring_mask(number: int, size: int, sink: int, local: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive mask `[1, 1, 1, slots]` of a ring whose newest token is `number`, the same for all layers of a step."""
     sinks, ring = sink // size, local // size + 1
     slot = torch.arange((sinks + ring) * size, device=device)

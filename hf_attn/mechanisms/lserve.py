@@ -15,8 +15,8 @@ from hf_attn.mechanism import Capabilities, Mechanism
 from hf_attn.mechanisms._lserve_config import LServeConfig, default_min_seq_len
 from hf_attn.mechanisms._lserve_counts import count_pairs, record_behind, record_decode, record_prompt, retrieving
 from hf_attn.mechanisms._lserve_decode import from_keys, from_store
-from hf_attn.mechanisms._lserve_step import short_step
 from hf_attn.mechanisms._lserve_heads import DuoHeads, classify_heads, load_duo_heads
+from hf_attn.mechanisms._lserve_step import short_step
 from hf_attn.ops import dense_attention, sink_window_attention
 
 __all__ = ["DuoHeads", "LServeConfig", "MECHANISM", "classify_heads", "default_min_seq_len", "load_duo_heads"]
