@@ -12,6 +12,7 @@ from hf_attn.caches.paged import PagedKV
 from hf_attn.caches.quantization import KVFormat, absmax_scale
 from hf_attn.caches.store import LayerStore, outliving
 from hf_attn.caches.streaming import StreamingKV
+from hf_attn.ops.hfattn_sparse.paged.kept import KeptPages
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class LServeStore(LayerStore):
             options.page_size, options.dec_sink, options.dec_local, options.ctx_sink, options.ctx_local, format
         )
         self._heads: dict[str, Any] = {}
+        self._all_retrieve = options.retrieval is None or all(options.retrieval)
         self.reset()
 
     def reset(self) -> None:
@@ -74,6 +76,8 @@ class LServeStore(LayerStore):
         # Slots and selection before the newest step.
         self._before: tuple[int, Selection | None] = (0, None)
         self.pages_read: int | Tensor = 0
+        # The pages of `kept.pages`, which may be those of the selection, side by side.
+        self.kept: KeptPages | None = None
         self.scales: tuple[Tensor, Tensor] | None = None
         self._like: tuple[int, int, int, torch.dtype, torch.device] | None = None
 
@@ -173,6 +177,33 @@ class LServeStore(LayerStore):
         self._like = (key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
         self.selection = selection
 
+    def next_number(self) -> int | None:
+        """Number of the next token where a step can be short: equal rows, all real, streaming heads in a ring."""
+        if self.real is not None or not self.lengths or self.lengths.count(self.lengths[0]) != len(self.lengths):
+            return None
+        if not self.streaming.ring and not self._all_retrieve:
+            return None
+        return self.lengths[0]
+
+    def commit_one(
+        self, tokens: tuple[Tensor, Tensor] | None, keys: Tensor | None, selection: Selection | None
+    ) -> None:
+        """`commit` of one token a row where `next_number` is given.
+
+        Args:
+            tokens: key and value of the streaming heads, `[B, H, 1, D]`; None when there are none.
+            keys: of the retrieval heads, which `write_one` wrote; None when there are none.
+        """
+        number = self.lengths[0]
+        if tokens is not None:
+            self.streaming.append_one(*tokens, number, self.scales)
+        if keys is not None:
+            self.paged.advance(keys, [1] * len(self.lengths))
+        self._before = (self.slots, self.selection)
+        self.lengths = [number + 1] * len(self.lengths)
+        self.slots += 1
+        self.selection = selection
+
     def append(self, key: Tensor, value: Tensor, real: Tensor | None, *, single: bool = False) -> None:
         """`write` and `commit`."""
         self.write(key, value, real)
@@ -265,6 +296,7 @@ class LServeStore(LayerStore):
         """Keep these batch rows, in this order."""
         if self.batch is None:
             return
+        self.kept = None
         self.paged.select_rows(rows)
         self.streaming.select_rows(rows)
         listed = rows.tolist()
@@ -279,16 +311,17 @@ class LServeStore(LayerStore):
     @outliving
     def to(self, device: torch.device | str) -> None:
         """Move everything."""
+        self.kept = None
         self.paged.to(device)
         self.streaming.to(device)
         if self.selection is not None:
             self.selection.pages = self.selection.pages.to(device)
 
     def bytes(self) -> dict[str, int]:
-        """Bytes held: pages of retrieval heads by part, streaming heads, and all that is allocated."""
+        """Bytes held: pages of retrieval heads by part, copies of chosen ones, streaming heads, and all allocated."""
         found = self.paged.bytes()
-        streaming = self.streaming.bytes()
-        return {**found, "streaming": streaming, "allocated": found["allocated"] + streaming}
+        others = {"copies": 0 if self.kept is None else self.kept.bytes(), "streaming": self.streaming.bytes()}
+        return {**found, **others, "allocated": found["allocated"] + sum(others.values())}
 
     @property
     def pages_held(self) -> int:

@@ -31,8 +31,11 @@ class PagedKV:
         self.format, self.stats_dtype = format, stats_dtype
         self.key: Pages | None = None
         self.value: Pages | None = None
-        self.stats: Tensor | None = None
+        self._stats: Tensor | None = None
         self.lengths: list[int] = []
+        # Newest tokens that the statistics do not know yet; the same number in all rows, which are equally long.
+        self._unpooled = 0
+        self._flat: tuple[Pages, tuple[Tensor, Tensor]] | None = None
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -50,6 +53,23 @@ class PagedKV:
     def equal_rows(self) -> bool:
         return len(set(self.lengths)) <= 1
 
+    @property
+    def stats(self) -> Tensor | None:
+        """Key statistics of the tokens that count, `[B, H, capacity, G, 2, D]`."""
+        if self._unpooled:
+            stop = self.lengths[0]
+            start, self._unpooled = stop - self._unpooled, 0
+            keys = self.flat[0][:, :, start:stop]
+            update_statistics(self._stats.flatten(2, 3), keys, start, self.logical_page_size)
+        return self._stats
+
+    @property
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of floating pages as rows of tokens, `[B, H, capacity * P, D]`: views."""
+        if self._flat is None or self._flat[0] is not self.key:
+            self._flat = self.key, (self.key.data.flatten(2, 3), self.value.data.flatten(2, 3))
+        return self._flat[1]
+
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def write(self, key: Tensor, value: Tensor, counts: list[int], scales: tuple[Tensor, Tensor] | None) -> None:
@@ -61,6 +81,13 @@ class PagedKV:
         """
         if self.key is None:
             self.lengths = [0] * key.shape[0]
+        if key.shape[2] == 1 and self.format.name is None and counts.count(1) == len(counts) and self.equal_rows:
+            number = self.lengths[0]
+            if number >= self.capacity * self.page_size:
+                self._grow(number + 1, key, value, scales)
+            for into, token in zip(self.flat, (key, value), strict=True):
+                into.narrow(2, number, 1).copy_(token)
+            return
         self._grow(max(n + c for n, c in zip(self.lengths, counts, strict=True)), key, value, scales)
         pairs = ((self.key, key), (self.value, value))
         for target, source in pairs:
@@ -82,6 +109,11 @@ class PagedKV:
 
     def advance(self, key: Tensor, counts: list[int]) -> None:
         """Count the tokens written last, and take their unquantised keys `[B, H, n, D]` into the statistics."""
+        if key.shape[2] == 1 and self.format.name is None and counts.count(1) == len(counts) and self.equal_rows:
+            # Looked up when pages are chosen: unquantised keys are there to be read.
+            self._unpooled += 1
+            self.lengths = [length + 1 for length in self.lengths]
+            return
         stats = self.stats.flatten(2, 3)
         if self.equal_rows and len(set(counts)) == 1:
             update_statistics(stats, key[:, :, : counts[0]].detach(), self.lengths[0], self.logical_page_size)
@@ -111,7 +143,7 @@ class PagedKV:
                     after.scale[:, :, :held] = before.scale
                     after.zero[:, :, :held] = before.zero
             stats[:, :, :held] = old[2]
-        self.key, self.value, self.stats = *pages, stats
+        self.key, self.value, self._stats = *pages, stats
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -124,6 +156,15 @@ class PagedKV:
             part = stored.map(lambda t: t[:, :, :pages])
             found.append(part.dense().flatten(2, 3)[:, :, :count])
         return found[0], found[1]
+
+    def token(self, number: int) -> tuple[Tensor, Tensor]:
+        """Token `number` of every row as it is stored, `[B, H, 1, D]` and `[B, H, 1, Dv]`, dequantised."""
+        page, inside = divmod(number, self.page_size)
+        found = (
+            stored.map(lambda t: t[:, :, page : page + 1, inside : inside + 1]).dense()[:, :, 0]
+            for stored in (self.key, self.value)
+        )
+        return tuple(found)
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
@@ -154,23 +195,24 @@ class PagedKV:
         if self.key is None:
             return
         index = rows.to(self.key.data.device)
+        self._stats = self.stats.index_select(0, index)
         self.key, self.value = (pages.map(lambda t: t.index_select(0, index)) for pages in (self.key, self.value))
-        self.stats = self.stats.index_select(0, index)
         self.lengths = [self.lengths[row] for row in rows.tolist()]
 
     def reset(self) -> None:
         """Forget everything and free it."""
-        self.key = self.value = self.stats = None
-        self.lengths = []
+        self.key = self.value = self._stats = self._flat = None
+        self.lengths, self._unpooled = [], 0
 
     def to(self, device: torch.device | str) -> None:
         """Move everything."""
         if self.key is not None:
+            self._stats = self.stats
             self.key, self.value = (
                 Pages(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in pages))
                 for pages in (self.key, self.value)
             )
-            self.stats = self.stats.to(device, non_blocking=True)
+            self._stats = self._stats.to(device, non_blocking=True)
 
     def bytes(self) -> dict[str, int]:
         """Bytes of the pages in use (`data`, `scales`, `zeros`, `statistics`), and of what is `allocated` in all."""

@@ -42,6 +42,9 @@ class LServeConfig(MechanismConfig):
         gates: `[layers][KV heads]` of DuoAttention's gate values in [0, 1].
         min_seq_len: tokens up to which retrieval heads read everything, >= 0 (never less than `token_budget`). `None`
             takes the measured default of `default_min_seq_len`; it does not apply when HF_ATTN_BACKEND forces a path.
+        keep_selected: on a CPU, keep a copy of the chosen pages, dequantised, from one selection to the next: steps
+            between them then copy nothing. Costs memory for up to `token_budget` tokens a query head and layer, however
+            long the context is. Elsewhere pages are read where they are.
     """
 
     page_size: int = 64
@@ -61,6 +64,7 @@ class LServeConfig(MechanismConfig):
     heads: list[list[int]] | None = None
     gates: list[list[float]] | None = None
     min_seq_len: int | None = None
+    keep_selected: bool = True
 
     aliases = {"min_tokens": "min_seq_len", "physical_page": "page_size", "logical_page": "logical_page_size"}
 
@@ -91,6 +95,7 @@ class LServeConfig(MechanismConfig):
         require_one_of("group_select", self.group_select, ("per_query_head", "group_max"))
         if self.min_seq_len is not None:
             require_int("min_seq_len", self.min_seq_len, 0)
+        require_one_of("keep_selected", self.keep_selected, (True, False))
         self.heads = _table("heads", self.heads, lambda x: x in (0, 1), "0 or 1", int)
         self.gates = _table("gates", self.gates, lambda x: 0 <= x <= 1, "a number in [0, 1]", float)
         self.kv_scales = _table("kv_scales", self.kv_scales, lambda x: x > 0, "a number > 0", float)

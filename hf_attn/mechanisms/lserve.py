@@ -16,6 +16,7 @@ from hf_attn.mechanisms._lserve_config import LServeConfig, default_min_seq_len
 from hf_attn.mechanisms._lserve_counts import count_pairs, record_behind, record_decode, record_prompt, retrieving
 from hf_attn.mechanisms._lserve_decode import from_keys, from_store
 from hf_attn.mechanisms._lserve_heads import DuoHeads, classify_heads, load_duo_heads
+from hf_attn.mechanisms._lserve_step import short_step
 from hf_attn.ops import dense_attention, sink_window_attention
 
 __all__ = ["DuoHeads", "LServeConfig", "MECHANISM", "classify_heads", "default_min_seq_len", "load_duo_heads"]
@@ -31,7 +32,8 @@ def attend(call: AttentionCall, config: LServeConfig) -> Tensor:
     if store is not None:
         real = _real_tokens(call, store)
         if call.q_len == 1:
-            out, done = from_store(call, config, store, real)
+            found = short_step(call, config, store) if real is None else None
+            out, done = from_store(call, config, store, real) if found is None else found
             record_decode(call, config, store.options.retrieval, done, store.pages_held)
             return out
         out = _prompt(call, config, store.options.retrieval) if store.slots == 0 else None

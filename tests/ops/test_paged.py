@@ -123,7 +123,7 @@ def test_lists_copied_as_one_give_the_same(name, current, monkeypatch):
     monkeypatch.setenv("HF_ATTN_BACKEND", "reference")
     expected = ops.paged_attention(*arguments, length=length, current=newest)
     monkeypatch.setenv("HF_ATTN_BACKEND", "torch")
-    merged, member = torch_path._merged(lists, 2, 9)
+    merged, member = torch_path.merged_lists(lists, 2, 9)
     assert merged.shape[2] < 3 * lists.shape[2] and member.sum() == (lists >= 0).sum()
     for share in (0.0, 1.0):
         monkeypatch.setattr(torch_path, "SHARED", share)

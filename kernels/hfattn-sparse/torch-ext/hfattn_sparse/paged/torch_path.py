@@ -43,7 +43,7 @@ def paged_attention(
     heads, device = key.data.shape[1], pages.device
     plain = slots is None and window is None
     if plain and pages.shape[1] > heads and device.type == "cpu" and not torch.compiler.is_compiling():
-        merged, member = _merged(pages, heads, key.data.shape[2])
+        merged, member = merged_lists(pages, heads, key.data.shape[2])
         if merged.shape[2] <= SHARED * pages.shape[2] * (pages.shape[1] // heads):
             out = _attend(query, key, value, merged, member, length, scale, current, None, None)
             # A page that one head reads and another does not must not reach the other, whatever it holds.
@@ -52,7 +52,7 @@ def paged_attention(
     return _attend(query, key, value, pages, None, length, scale, current, slots, window)
 
 
-def _merged(pages: Tensor, heads: int, count: int) -> tuple[Tensor, Tensor]:
+def merged_lists(pages: Tensor, heads: int, count: int) -> tuple[Tensor, Tensor]:
     """One list a KV head with the pages of all its query heads, in order: `[B, H, U]`, -1 padded, and which of them a
     query head reads, bool `[B, Hq, U]`."""
     batch, q_heads, _ = pages.shape

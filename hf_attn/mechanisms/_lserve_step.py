@@ -1,0 +1,153 @@
+"""The common decoding step, one new token a row in rows of equal length on a CPU: few calls, and chosen pages kept.
+
+Between two selections every step reads the same pages and the tokens since. They are copied side by side once, and each
+step multiplies with the copy as it is. `from_store` gives the same result for every other step.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hf_attn.caches.lserve import LServeStore, Selection
+from hf_attn.caches.store import outliving
+from hf_attn.call import AttentionCall
+from hf_attn.mechanisms._lserve_decode import choose
+from hf_attn.ops import choose_path
+from hf_attn.ops.hfattn_sparse.counters import count
+from hf_attn.ops.hfattn_sparse.paged.kept import KeptPages
+
+
+def short_step(call: AttentionCall, config: Any, store: LServeStore) -> tuple[Tensor, dict[str, Any]] | None:
+    """`from_store` for new tokens that are all real; None, with nothing changed, where only that one will do."""
+    query, key, value = call.query, call.key, call.value
+    number = store.next_number()
+    if number is None or not config.keep_selected or query.device.type != "cpu":
+        return None
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None
+    if choose_path("paged_attention", query, query.shape[3], value.shape[3]) != "torch":
+        return None
+    batch, heads = key.shape[:2]
+    group = query.shape[1] // heads
+    retrieval, streaming = store.heads(heads, key.device)
+    retrieving, windowed = store.query_heads(heads, group, key.device)
+    reads, streams = retrieval is None or retrieval.numel() > 0, streaming is None or streaming.numel() > 0
+    lengths = [number + 1] * batch
+    done: dict[str, Any] = {"lengths": lengths, "selector_runs": 0}
+    part = tail = keys = window = selection = None
+    with torch.no_grad():
+        if reads:
+            keys, values, queries = (
+                _picked(x, h) for x, h in ((key, retrieval), (value, retrieval), (query, retrieving))
+            )
+            store.paged.write(keys, values, [1] * batch, store.scales)
+            found = _retrieve(queries, keys, values, number, config, store, call.scale, done)
+            if found is None:
+                return None
+            part, selection = found
+        if streams:
+            window = _picked(key, streaming), _picked(value, streaming)
+        store.pages_read = store.pages_read + done.get("pages_read", 0)
+        store.commit_one(window, keys, selection)
+        if streams:
+            tail = _stream(_picked(query, windowed), *window, number, store, call.scale)
+        if not streams or not reads:
+            return (part if reads else tail), done
+        out = query.new_empty(*query.shape[:3], value.shape[3])
+        out.index_copy_(1, retrieving, part)
+        out.index_copy_(1, windowed, tail)
+    return out, done
+
+
+def _picked(x: Tensor, heads: Tensor | None) -> Tensor:
+    return x if heads is None else x.index_select(1, heads)
+
+
+def _retrieve(
+    query: Tensor, key: Tensor, value: Tensor, number: int, config: Any, store: LServeStore, scale: float, done: dict
+) -> tuple[Tensor, Selection | None] | None:
+    """Retrieval heads `[B, Hq, 1, Dv]`, and the selection they used; None where the copies cannot serve."""
+    batch, q_heads, _, dim = query.shape
+    paged, size = store.paged, config.page_size
+    selection, long, ran = None, None, False
+    if number + 1 > config.dense_up_to:
+        selection, long, ran = choose(
+            query[:, :, 0], done["lengths"], config, store.selection, lambda pages: paged.stats[:, :, :pages]
+        )
+    done["long"], done["selector_runs"] = long, int(ran)
+    if selection is None:
+        if paged.format.name is not None:
+            return None
+        done["pages_read"] = -(-(number + 1) // size) * batch * key.shape[1]
+        keys, values = (x.narrow(2, 0, number + 1) for x in paged.flat)
+        return _folded(query, keys, values, scale), None
+    kept = _kept(selection, query, number, config, store)
+    if kept.exact is not None and kept.exact != number:
+        kept.put(kept.exact, *paged.token(kept.exact))
+    kept.put(number, key, value)
+    kept.exact = None if paged.format.name is None else number
+    out = kept.attend(query[:, :, 0], number, scale)
+    if out is None:
+        return None
+    count("paged_attention", "torch: kept")
+    newest = number // size
+    done["pages_read"] = batch * selection.pages.shape[1] * (selection.pages.shape[2] + newest - selection.last[0] + 1)
+    return out[:, :, None], selection
+
+
+@outliving
+def _kept(selection: Selection, query: Tensor, number: int, config: Any, store: LServeStore) -> KeptPages:
+    """The copy of a selection's pages that has a place for token `number`."""
+    kept, size, first = store.kept, config.page_size, selection.last[0]
+    if kept is not None and kept.pages is selection.pages and number < kept.end:
+        return kept
+    # Room for the steps that use this selection, the current one included.
+    room = (number + config.reuse_interval) // size - first + 1
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    store.kept = None
+    store.kept = KeptPages(
+        store.paged.key, store.paged.value, selection.pages, first, room, query.shape[1], dtype, old=kept
+    )
+    return store.kept
+
+
+def _folded(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """One query a row `[B, Hq, 1, D]`: the query heads of a KV head as rows, so that keys are not repeated for them."""
+    folded = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
+    if mask is not None:
+        mask = mask.expand(-1, -1, folded.shape[2], -1)
+    out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+    return out.view(*query.shape[:3], value.shape[3])
+
+
+def _stream(query: Tensor, key: Tensor, value: Tensor, number: int, store: LServeStore, scale: float) -> Tensor:
+    """Sinks and the decode window from the ring, which holds the new token: it counts as it was before that."""
+    streaming = store.streaming
+    keys, values = (pages.dense()[:, :, 0] for pages in streaming.held[:2])
+    if streaming.format.name is not None:
+        slot = streaming.slot(number)
+        keys, values = keys.to(query.dtype), values.to(query.dtype)
+        keys.select(2, slot).copy_(key[:, :, 0])
+        values.select(2, slot).copy_(value[:, :, 0])
+    mask = ring_mask(number, store.options.page_size, streaming.sink, streaming.local, query.dtype, query.device)
+    return _folded(query, keys, values, scale, mask)
+
+
+@lru_cache(maxsize=8)
+@outliving
+def ring_mask(number: int, size: int, sink: int, local: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask `[1, 1, 1, slots]` of a ring whose newest token is `number`, the same for all layers of a step."""
+    sinks, ring = sink // size, local // size + 1
+    slot = torch.arange((sinks + ring) * size, device=device)
+    page, inside = slot // size - sinks, slot % size
+    newest = number // size - sinks
+    token = (newest - (newest - page) % ring + sinks) * size + inside
+    token = torch.where(page < 0, slot, token)
+    # What stands behind the newest token in its page is older than any window.
+    seen = (token <= number) & (token >= 0) & torch.where(page < 0, True, (token >= sink) & (token > number - local))
+    return torch.zeros(len(slot), dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))[None, None, None]
