@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_attn.caches.quantization import KVFormat
+from hf_attn.caches.store import outliving
 from hf_attn.ops.hfattn_sparse.paged.pages import Pages
 from hf_attn.ops.hfattn_sparse.paged.statistics import empty_statistics, update_statistics
 
@@ -123,6 +124,7 @@ class PagedKV:
                 update_statistics(stats[one], key[one, :, :count].detach(), start, self.logical_page_size)
         self.lengths = [start + count for start, count in zip(self.lengths, counts, strict=True)]
 
+    @outliving
     def _grow(self, tokens: int, key: Tensor, value: Tensor, scales: tuple[Tensor, Tensor] | None) -> None:
         needed = -(-tokens // self.page_size)
         if needed <= self.capacity:

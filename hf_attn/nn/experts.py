@@ -133,20 +133,6 @@ def spread_patches(logits: Tensor, size: int, length: int) -> Tensor:
     return logits if size == 1 else logits.repeat_interleave(size, 1)[:, :length]
 
 
-def balance_loss(probabilities: Tensor, chosen: Tensor, real: Tensor | None = None) -> Tensor:
-    """n * sum_e P_e f_e, P and f the means of probabilities and choices over real tokens; 0-dim.
-
-    Switch Transformer's (arXiv 2101.03961, eq. 4) for several experts a token; smallest for an even load. f carries no
-    gradient.
-    """
-    p, f = probabilities.flatten(0, 1), chosen.flatten(0, 1).to(probabilities.dtype)
-    if real is not None:
-        keep = real.flatten().to(p.dtype)[:, None]
-        total = keep.sum().clamp(min=1)
-        return p.shape[-1] * ((p * keep).sum(0) / total * (f * keep).sum(0) / total).sum()
-    return p.shape[-1] * (p.mean(0) * f.mean(0)).sum()
-
-
 def _scores(masked: Tensor, norm: str, eps: float, scale: float) -> Tensor:
     if norm == "token":
         return masked / (masked.sum(-1, keepdim=True) + eps) * scale

@@ -125,6 +125,7 @@ def test_a_shorter_prompt_is_the_head_of_a_longer_one(model):
 def test_a_wrong_result_has_no_speed(model, monkeypatch):
     """A path that reads other pages than the reference fails its check, and the table shows no ratio for it."""
     from hf_attn.ops.hfattn_sparse.paged import torch_path
+    from hf_attn.ops.hfattn_sparse.paged.kept import KeptPages
 
     original = torch_path.paged_attention
 
@@ -132,6 +133,13 @@ def test_a_wrong_result_has_no_speed(model, monkeypatch):
         return original(query, key, value, pages[..., 1:], *rest)
 
     monkeypatch.setattr(torch_path, "paged_attention", wrong)
+    made = KeptPages.__init__
+
+    def fewer(self, key, value, pages, *rest, **options):
+        made(self, key, value, pages[..., 1:], *rest, **options)
+        self.pages = pages
+
+    monkeypatch.setattr(KeptPages, "__init__", fewer)
     rows = measured(model, [300])
     failed = {row.name for row in rows if not row.passed}
     assert failed == {"lserve", "lserve KV8", "lserve KV4", "lserve group_max"}

@@ -30,7 +30,8 @@ def test_list():
     output = run(app, ["list"], env={"COLUMNS": "200"}).output
     assert "hf_attn_moba" in output and "hf_attn_streaming" in output
     rows = json.loads(run(app, ["list", "--json"]).output)
-    assert [row["name"] for row in rows] == ["lserve", "moba", "psa", "streaming"]
+    names = [row["name"] for row in rows]
+    assert names == [row["name"] for row in hf_attn.list_mechanisms()] and "streaming" in names
 
 
 def test_doctor(tiny_model, tmp_path):

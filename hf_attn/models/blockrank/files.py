@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_attn.integrations.hub.cards import write_card
 from hf_attn.integrations.transformers.config import mechanism_options
 from hf_attn.mechanisms.blockrank import BlockRankConfig
+from hf_attn.models.fingerprint import fingerprint, same_values
 
-OPTIONS_FILE = "hf_attn.json"
+# Beside an adapter; `hf_attn.json` there belongs to adapters of converted models.
+OPTIONS_FILE = "blockrank.json"
 
 
 def load(source: str, base_model: Any, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
@@ -39,7 +38,8 @@ def load(source: str, base_model: Any, options: dict[str, Any]) -> tuple[Any, An
         if not name:
             raise ValueError(f"{source} does not name its base model; pass base_model=")
         base_model = AutoModelForCausalLM.from_pretrained(name, **{k: v for k, v in hosts.items() if k != "revision"})
-    if fingerprint(base_model) != stored["fingerprint"]:
+    found = _weights(base_model)
+    if found["layout"] != stored["fingerprint"]["layout"] or same_values(found, stored["fingerprint"]) is False:
         raise ValueError(
             f"the adapter {source} was trained on another base than {base_model.config._name_or_path!r} "
             f"(its own is {stored['base_model']!r}); pass base_model="
@@ -63,7 +63,7 @@ def save(ranker: Any, folder: str, metrics: dict[str, float] | None) -> None:
         stored = {
             "hf_attn": mechanism_options(base.config.hf_attn, "blockrank"),
             "base_model": name,
-            "fingerprint": fingerprint(base),
+            "fingerprint": _weights(base),
         }
         (path / OPTIONS_FILE).write_text(json.dumps(stored, indent=1) + "\n")
     _card(ranker, path / "README.md", name, adapter, metrics or {})
@@ -80,10 +80,14 @@ def push(ranker: Any, repo_id: str, metrics: dict[str, float] | None, options: d
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
 
-def fingerprint(model: Any) -> str:
-    """Digest of the first embedding rows, the same in fp32 and bf16: tells one base from another of its shape."""
-    rows = model.get_input_embeddings().weight[:64].detach().to("cpu", torch.bfloat16)
-    return hashlib.sha256(rows.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+def _weights(model: Any) -> dict[str, Any]:
+    """What tells this base from another one."""
+    weights = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): weight
+        for name, weight in model.named_parameters()
+        if "lora_" not in name and "modules_to_save" not in name
+    }
+    return fingerprint({name: weight.shape for name, weight in weights.items()}, weights.__getitem__)
 
 
 def _read(source: str, name: str, revision: dict[str, Any]) -> dict[str, Any] | None:

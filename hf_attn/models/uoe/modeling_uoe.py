@@ -42,7 +42,8 @@ from hf_attn.models.uoe.configuration_uoe import (
     UoeQwen2Config,
     UoeQwen3Config,
 )
-from hf_attn.nn.experts import Routing, balance_loss, gate_weights, pool_patches, route, spread_patches
+from hf_attn.nn.experts import Routing, gate_weights, pool_patches, route, spread_patches
+from hf_attn.nn.head_router import load_balance
 
 # Added to the score of a key that its expert did not choose: exp of it is 0 next to any real score, and half precision
 # holds the product with 1 / scale.
@@ -290,7 +291,7 @@ class UoeForCausalLM:
         if not found or not self.training:
             return outputs
         real = mask.bool() if isinstance(mask, Tensor) and mask.shape == labels.shape else None
-        aux = torch.stack([balance_loss(r.probabilities, r.chosen, real) for r in found]).mean()
+        aux = torch.stack([load_balance(r.probabilities, r.chosen, real=real) for r in found]).mean()
         if isinstance(outputs, tuple):
             return outputs[0] + self.config.uoe_balance * aux, *outputs[1:]
         outputs["loss"] = outputs["loss"] + self.config.uoe_balance * aux
