@@ -24,7 +24,7 @@ def decode_table(rows: list[decode.Row], own: bool = True, text: bool = True) ->
     names = ["context", "", "tokens/s", f"over {decode.HOST}", *(["over own dense"] if own else [])]
     names += ["KV read/step", "KV held", "density", "pages", "selector", "perplexity", ""]
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")  # a narrow terminal must not cut digits off
     table.columns[1].justify = "left"
     for row in rows:
         host = _row(rows, row.length, decode.HOST)
@@ -73,7 +73,7 @@ def prefill_table(rows: list[prefill_speed.PrefillRow]) -> Table:
     for name in (
         "context", "", "prefill", "over dense", "ceiling", "attention", "over dense", "of prefill", "density", "",
     ):  # fmt: skip
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")  # a narrow terminal must not cut digits off
     table.columns[1].justify = "left"
     for dense, row in zip(rows[::2], rows[1::2], strict=True):
         noisy = "noisy" if dense.timing.spread > decode.NOISY else ""
