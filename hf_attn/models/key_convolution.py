@@ -136,14 +136,20 @@ class KeyConvolutionForCausalLM(CardOnPush):
     def prepare_inputs_for_generation(self, input_ids: Tensor, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
         """As the host's. Compileable caches get prepared masks, which no longer say where padding is: it is added."""
         inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **kwargs)
-        mask, prepared = kwargs.get("attention_mask"), inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and prepared is not mask:
-            given = inputs.get("input_ids")
-            length = (inputs["inputs_embeds"] if given is None else given).shape[1]
-            # Single tokens are real, and their compiled step should not get inputs that grow.
-            if length > 1 and not (isinstance(prepared, Tensor) and prepared.dim() == 2):
-                inputs["key_mask"] = mask[:, -length:]
+        add_key_mask(inputs, kwargs.get("attention_mask"))
         return inputs
+
+
+def add_key_mask(inputs: dict[str, Any], mask: Any) -> None:
+    """Put `key_mask` of the new tokens into a model's inputs where their mask is prepared and no longer 2-D."""
+    prepared = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or prepared is mask:
+        return
+    given = inputs.get("input_ids")
+    length = (inputs["inputs_embeds"] if given is None else given).shape[1]
+    # Single tokens are real, and their compiled step should not get inputs that grow.
+    if length > 1 and not (isinstance(prepared, Tensor) and prepared.dim() == 2):
+        inputs["key_mask"] = mask[:, -length:]
 
 
 @torch.no_grad()

@@ -3,75 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from hf_attn.caches.recurrent import RecurrentState
+from hf_attn.integrations.transformers.own_layer import OwnLayer
 
 
-class RecurrentLayer(CacheLayerMixin):
-    """One layer's states. The model reads and writes `layer.state`; nobody hands keys and values to it."""
+class RecurrentLayer(OwnLayer):
+    """One layer's states. The model reads and writes `layer.state`."""
 
-    is_compileable = False
     is_croppable = False
-    is_sliding = False
-    supports_early_init = False
+    refusal = "this layer of the cache holds a recurrent state, not keys and values: it is another model's"
 
     def __init__(self) -> None:
-        super().__init__()
         self.state = RecurrentState()
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the first step brings the states."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Never right: an attention layer got the cache of a recurrent one."""
-        raise ValueError("this layer of the cache holds a recurrent state, not keys and values: it is another model's")
-
-    def get_seq_length(self) -> int:
-        return self.state.slots
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.state.slots + int(query_length), 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The older name of `get_max_length`."""
-        return -1
-
-    @property
-    def batch_size(self) -> int:
-        """Rows held, -1 while empty."""
-        return -1 if self.state.batch is None else self.state.batch
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Raises ValueError unless nothing is to be removed."""
-        self.state.crop(-tokens_to_remove if tokens_to_remove <= 0 else max(self.state.slots - tokens_to_remove, 0))
-
-    def reset(self) -> None:
-        self.state.reset()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.state.select_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state.batch is not None:
-            self.state.select_rows(torch.arange(self.state.batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.state.select_rows(indices)
-
-    def offload(self) -> None:
-        """States are small; they stay where they are."""
-
-    def prefetch(self) -> None:
-        """See `offload`."""
+        super().__init__(self.state)
 
 
 class RecurrentCache(Cache):

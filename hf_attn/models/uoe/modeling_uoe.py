@@ -34,7 +34,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCau
 from hf_attn import ops
 from hf_attn.caches.selected import SelectedTokens
 from hf_attn.integrations.transformers.selected import SelectedLayer
-from hf_attn.models.key_convolution import neighbours
+from hf_attn.models.key_convolution import add_key_mask, neighbours
 from hf_attn.models.uoe.configuration_uoe import (
     UoeConfig,
     UoeLlamaConfig,
@@ -300,12 +300,7 @@ class UoeForCausalLM:
     def prepare_inputs_for_generation(self, input_ids: Tensor, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
         """As the host's. Compileable caches get prepared masks, which no longer say where padding is: it is added."""
         inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **kwargs)
-        mask, prepared = kwargs.get("attention_mask"), inputs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and prepared is not mask:
-            given = inputs.get("input_ids")
-            length = (inputs["inputs_embeds"] if given is None else given).shape[1]
-            if length > 1 and not (isinstance(prepared, Tensor) and prepared.dim() == 2):
-                inputs["key_mask"] = mask[:, -length:]
+        add_key_mask(inputs, kwargs.get("attention_mask"))
         return inputs
 
 
