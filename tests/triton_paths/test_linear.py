@@ -19,6 +19,7 @@ CASES = {
     "one token": ((2, 1, 1, 8, 8), {}),
     "no tokens": ((1, 1, 0, 8, 8), {}),
     "several tiles of columns, no state": ((1, 1, 20, 8, 40), {"initial": False}),
+    "a head wider than fp32 products take": ((1, 1, 18, 136, 8), {}),
     "packed": ((1, 2, 50, 8, 8), {"borders": [0, 5, 5, 38, 50]}),
     "padding anywhere": ((2, 1, 40, 8, 8), {"mask": True}),
 }

@@ -9,6 +9,9 @@ from torch import Tensor
 from ..launch import config, interpreting, launch
 from .triton_kernels import linear_kernel
 
+# Plain fp32 products hold their operands in registers; wider heads are computed in parts.
+WIDEST_FP32 = 128
+
 
 def forward(
     query: Tensor,
@@ -60,6 +63,22 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, dim = query.shape
     value_dim = value.shape[3]
+    if query.dtype == torch.float32 and dim > WIDEST_FP32:
+        # Outputs are sums over the features of keys, states have a row for each of them.
+        parts = [
+            _run(
+                query[..., s],
+                key[..., s],
+                value,
+                slopes,
+                state if state is None else state[:, :, s],
+                borders,
+                scale,
+                reverse,
+            )
+            for s in (slice(0, WIDEST_FP32), slice(WIDEST_FP32, None))
+        ]
+        return parts[0][0].add_(parts[1][0]), torch.cat([final for _, final in parts], 2)
     rows = batch if borders is None else borders.shape[0] - 1
     out = query.new_empty(batch, heads, length, value_dim)
     final = query.new_empty(rows, heads, dim, value_dim, dtype=torch.float32)
