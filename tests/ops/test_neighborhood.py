@@ -224,6 +224,11 @@ def test_empty_batch():
     assert out.shape == (0, 4, 5, 2, 8)
     out.sum().backward()
     assert tensors[0].grad.shape == tensors[0].shape
+    first = torch.randn(0, 2, 4, 5, 8, requires_grad=True)
+    scores = ops.na_qk(first, first, kernel_size=3, backend="torch")
+    mixed = ops.na_av(scores, first, kernel_size=3, backend="torch")
+    assert scores.shape == (0, 2, 4, 5, 9) and mixed.shape == first.shape
+    mixed.sum().backward()
 
 
 def test_merge_is_one_softmax():

@@ -28,6 +28,9 @@ def forward(
 
     Values that are not finite become NaN in the rows that see them and nothing in others.
     """
+    if not query.numel():
+        out = query.new_zeros(*query.shape[:3], value.shape[3])
+        return out, query.new_zeros(query.shape[:3] if want_lse else 0, dtype=_wide(query))
     grid = _grid(query, key, windows)
     weights_of = _Weights(grid, query, key, value, rpb, key_mask, scale)
     values, more_values = grid.strips(value), grid.beside(value)
@@ -63,6 +66,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and rpb."""
+    if not query.numel():
+        return *(torch.zeros_like(x) for x in (query, key, value)), None if rpb is None else torch.zeros_like(rpb)
     grid = _grid(query, key, windows)
     weights_of = _Weights(grid, query, key, value, rpb, key_mask, scale, grad_out)
     values, more_values = grid.strips(value), grid.beside(value)
@@ -212,6 +217,9 @@ class _BiasGradient:
 
 def _grid(query: Tensor, key: Tensor, windows: tuple[Window, ...]) -> TiledGrid:
     batch, tokens, heads = query.shape[:3]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     group = heads // key.shape[2]
-    return TiledGrid(windows, batch, key.shape[2], group, key.shape[1] - tokens, query.device, dtype)
+    return TiledGrid(windows, batch, key.shape[2], group, key.shape[1] - tokens, query.device, _wide(query))
+
+
+def _wide(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32

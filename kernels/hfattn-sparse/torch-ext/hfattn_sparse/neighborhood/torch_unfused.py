@@ -12,6 +12,8 @@ from .torch_tiles import Chunk, TiledGrid, finite, mix, transposed
 def scores(query: Tensor, key: Tensor, rpb: Tensor | None, *, windows: tuple[Window, ...]) -> Tensor:
     """Arguments and result of `reference.scores`."""
     grid = _Slots(query, windows)
+    if not query.numel():
+        return query.new_zeros(*query.shape[:3], grid.slots)
     queries, keys = grid.to_tiles(query.transpose(1, 2)), grid.strips(key.transpose(1, 2))
     table = None if rpb is None else rpb.to(grid.dtype).flatten(1)
     out = torch.empty(*queries.shape[:5], grid.slots, dtype=grid.dtype, device=query.device)
@@ -30,6 +32,8 @@ def scores_backward(
     grad: Tensor, query: Tensor, key: Tensor, rpb: Tensor | None, *, windows: tuple[Window, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query, key and rpb for `scores`."""
+    if not query.numel():
+        return torch.zeros_like(query), torch.zeros_like(key), None if rpb is None else torch.zeros_like(rpb)
     grid = _Slots(query, windows)
     careful = not finite(grad, query, key)
     queries, keys = grid.to_tiles(query.transpose(1, 2)), grid.strips(key.transpose(1, 2))
@@ -57,6 +61,8 @@ def scores_backward(
 
 def weighted_values(weights: Tensor, value: Tensor, *, windows: tuple[Window, ...]) -> Tensor:
     """Arguments and result of `reference.weighted_values`."""
+    if not value.numel():
+        return torch.zeros_like(value)
     grid = _Slots(value, windows)
     careful = not finite(weights, value)
     tiles, values = grid.to_tiles(weights.transpose(1, 2)), grid.strips(value.transpose(1, 2))
@@ -72,6 +78,8 @@ def weighted_values_backward(
     grad: Tensor, weights: Tensor, value: Tensor, *, windows: tuple[Window, ...]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights and value for `weighted_values`."""
+    if not value.numel():
+        return torch.zeros_like(weights), torch.zeros_like(value)
     grid = _Slots(value, windows)
     careful = not finite(grad, weights, value)
     tiles, values = grid.to_tiles(weights.transpose(1, 2)), grid.strips(value.transpose(1, 2))
