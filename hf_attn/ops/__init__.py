@@ -21,6 +21,13 @@ from hf_attn.ops.head_routed import head_routed_attention  # noqa: E402
 from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
 from hf_attn.ops.linear import linear_attention  # noqa: E402
+from hf_attn.ops.neighborhood import (  # noqa: E402
+    merge_attentions,
+    na_av,
+    na_qk,
+    neighborhood_attention,
+    neighborhood_mask,
+)
 from hf_attn.ops.paged import page_scores, page_statistics, paged_attention, select_pages  # noqa: E402
 from hf_attn.ops.pooled_routes import block_scores, select_pooled_routes  # noqa: E402
 from hf_attn.ops.pyramid import (  # noqa: E402
@@ -54,6 +61,11 @@ __all__ = [
     "key_convolution",
     "linear_attention",
     "ms_deform_attn",
+    "merge_attentions",
+    "na_av",
+    "na_qk",
+    "neighborhood_attention",
+    "neighborhood_mask",
     "page_scores",
     "page_statistics",
     "paged_attention",

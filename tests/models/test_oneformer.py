@@ -40,8 +40,9 @@ def tiny_config(**options) -> OneFormerConfig:
 def shake(model, seed=0):
     """Random weights everywhere, so that nothing is hidden behind a zero."""
     generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        p.data += 0.2 * torch.randn(p.shape, generator=generator)
+    for name, p in sorted(model.named_parameters()):
+        scale, centre = (0.1, 1.0) if "norm" in name and p.dim() == 1 and "weight" in name else (0.2, 0.0)
+        p.data = centre + scale * torch.randn(p.shape, generator=generator)
     return model.eval()
 
 
@@ -100,7 +101,7 @@ def test_eager_repeats_the_host_bit_for_bit(options, size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_other_implementations(implementation):
     model = ours()
     given = inputs()
@@ -111,7 +112,7 @@ def test_other_implementations(implementation):
     for found in (model, ours(implementation)):
         got = found(**given)
         for name in RESULTS:
-            assert (got[name] - wanted[name]).abs().max() <= 2e-4, name
+            assert (got[name] - wanted[name]).abs().max() <= 2e-4, (name, (got[name] - wanted[name]).abs().max())
 
 
 @torch.no_grad()
@@ -249,7 +250,8 @@ def test_loss_equals_the_hosts():
         if p.grad is None:
             assert q.grad is None, name
             continue
-        assert (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-7, name
+        # Key biases have no gradient but rounding.
+        assert (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-6, name
     loss, *rest = run_loss(model, return_dict=False)
     assert loss.dim() == 0 or loss.shape == (1,)
     torch.testing.assert_close(loss, got.loss)
@@ -315,6 +317,7 @@ def _contrastive_rank(rank, world, rows, port, results):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_contrastive_loss_over_ranks():
     """Two ranks with two images each: the mean of losses and of gradients is that of one rank with all four."""
     generator = torch.Generator().manual_seed(0)
