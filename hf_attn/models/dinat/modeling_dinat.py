@@ -43,7 +43,7 @@ class DinatAttnBackbone(Mended, host.DinatBackbone):
     """Feature maps `[B, C, H, W]` of the stages in `config.out_features`, each with a LayerNorm of its own."""
 
     def __init__(self, config: DinatConfig) -> None:
-        host.DinatPreTrainedModel.__init__(self, config)
+        super(host.DinatBackbone, self).__init__(config)  # past the host's constructor, which asks for natten
         build_backbone(self, config)
         self.post_init()
 
