@@ -48,9 +48,7 @@ def shake(model, seed=0):
 
 def stock(attn_implementation="eager", **options):
     return shake(
-        OneFormerForUniversalSegmentation._from_config(
-            tiny_config(**options), attn_implementation=attn_implementation
-        )
+        OneFormerForUniversalSegmentation._from_config(tiny_config(**options), attn_implementation=attn_implementation)
     )
 
 

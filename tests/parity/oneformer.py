@@ -61,7 +61,9 @@ def _sampling(mine: dict[str, Tensor], case: dict) -> dict[str, Tensor]:
 
 def _tiny(**options) -> OneFormerAttnForUniversalSegmentation:
     """A small model, for the parts that need no pixels."""
-    backbone = SwinConfig(embed_dim=4, depths=[1] * 4, num_heads=[1] * 4, out_features=[f"stage{i}" for i in range(1, 5)])
+    backbone = SwinConfig(
+        embed_dim=4, depths=[1] * 4, num_heads=[1] * 4, out_features=[f"stage{i}" for i in range(1, 5)]
+    )
     sizes = dict.fromkeys(("conv_dim", "mask_dim", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward"), 32)
     layers = {"encoder_layers": 1, "decoder_layers": 2, "query_dec_layers": 1, "num_attention_heads": 4}
     config = OneFormerConfig(backbone_config=backbone, **(sizes | layers | options))

@@ -45,7 +45,9 @@ class MendedNeighborhoodAttention(host.NeighborhoodAttention):
     `config.na_backend` names the op's backend; default "auto".
     """
 
-    config: Any
+    def __init__(self, config: Any, *args: Any) -> None:
+        super().__init__(config, *args)
+        self.config = config
 
     def forward(self, hidden_states: Tensor, output_attentions: bool | None = False) -> tuple[Tensor, ...]:
         """`[B, H, W, C]` -> (the same,) or (the same, weights `[B, heads, H, W, K * K]`).

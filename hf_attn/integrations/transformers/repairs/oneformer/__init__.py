@@ -1,4 +1,4 @@
-"""OneFormer (transformers' `oneformer`) repaired in place: same weights, every fault of the host listed in docs/oneformer.md."""
+"""OneFormer (transformers' `oneformer`) repaired in place; docs/oneformer.md lists the host's faults."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import numpy as np
 def assign(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns, as many as the shorter side, whose costs add up to the least; rows ascend.
 
-    The function of scipy's `linear_sum_assignment`, which is taken where it is installed; else shortest augmenting paths
-    with potentials (Kuhn 1955, Munkres 1957; O(n^2 m)), one path for each line of the shorter side.
+    The function of scipy's `linear_sum_assignment`, which is taken where it is installed; else shortest augmenting
+    paths with potentials (Kuhn 1955, Munkres 1957; O(n^2 m)), one path for each line of the shorter side.
 
     Args:
         costs: `[n, m]`, finite.

@@ -121,8 +121,9 @@ class RoutedMultiheadAttention(Routed, nn.MultiheadAttention):
         for the heads, `[B, 1, Nq, Nk]`. key_padding_mask: bool `[B, Nk]`, True for keys that nobody sees.
         """
         length, batch = query.shape[:2]
+        sides = (query, key, value)
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        states = [linear(x, w, b) for x, w, b in zip((query, key, value), self.in_proj_weight.chunk(3), biases)]
+        states = [linear(x, w, b) for x, w, b in zip(sides, self.in_proj_weight.chunk(3), biases, strict=True)]
         heads = [x.reshape(x.shape[0], batch * self.num_heads, -1).transpose(0, 1) for x in states]
         heads = [x.unflatten(0, (batch, self.num_heads)) for x in heads]
         blocked = self._blocked(attn_mask, key_padding_mask, batch)

@@ -26,8 +26,8 @@ class MendedMatcher(host.OneFormerHungarianMatcher):
     ) -> list[tuple[Tensor, Tensor]]:
         """Pairs (query, target) of each image, int64; min(queries, targets) of them.
 
-        masks_queries_logits: `[B, Q, H, W]`; class_queries_logits: `[B, Q, C + 1]`; mask_labels: `[n, H', W']` an image;
-        class_labels: `[n]` an image.
+        masks_queries_logits: `[B, Q, H, W]`; class_queries_logits: `[B, Q, C + 1]`; an image has mask_labels
+        `[n, H', W']` and class_labels `[n]`.
         """
         images = zip(class_queries_logits, masks_queries_logits, mask_labels, class_labels, strict=True)
         return [self._match(*image) for image in images]
@@ -112,7 +112,7 @@ def _finite(costs: Tensor) -> Tensor:
 
 
 def _gathered(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows `[B, c]` of all ranks, differentiable, and the place of this rank's first; ranks may have different B."""
+    """The rows `[B, c]` of all ranks (B may differ), differentiable, and the place of this rank's first."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows, 0
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
@@ -120,7 +120,7 @@ def _gathered(rows: Tensor) -> tuple[Tensor, int]:
     lengths = [int(count) for count in counts]
     padded = torch.cat([rows, rows.new_zeros(max(lengths) - len(rows), rows.shape[1])])
     parts = _Gather.apply(padded)
-    return torch.cat([part[:n] for part, n in zip(parts, lengths)]), sum(lengths[: dist.get_rank()])
+    return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]), sum(lengths[: dist.get_rank()])
 
 
 class _Gather(torch.autograd.Function):

@@ -12,16 +12,16 @@ def forward(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, wei
 
         out[b, q, h] = sum over l, p of weights[b, q, h, l, p] * sample(value_l[b, :, h], locations[b, q, h, l, p])
 
-    A location (x, y) counts in map sizes: pixel (i, j) of an H x W map has its centre at ((j + 0.5) / W, (i + 0.5) / H).
-    What lies outside of the map is zero.
+    A location (x, y) counts in map sizes: pixel (i, j) of an H x W map has its centre at
+    ((j + 0.5) / W, (i + 0.5) / H). What lies outside of the map is zero.
 
     Args:
         value: `[B, S, h, d]`, the maps row by row, one after the other.
         shapes: (H, W) of each level; the sum of H * W is S.
         locations: `[B, Q, h, L, P, 2]`; weights: `[B, Q, h, L, P]`.
 
-    Returns `[B, Q, h * d]` in the dtype of `value`. Half precision is computed in fp32. The order of the sums is that of
-    transformers' own function, whose results this one repeats bit for bit.
+    Returns `[B, Q, h * d]` in the dtype of `value`. Half precision is computed in fp32. The order of the sums is that
+    of transformers' own function, whose results this one repeats bit for bit.
     """
     dtype = value.dtype if value.dtype == torch.float64 else torch.float32
     batch, _, heads, dim = value.shape
