@@ -25,8 +25,8 @@ def ms_deform_attn(
     Args:
         value: `[B, S, h, d]`: the maps of all levels, flattened row by row and concatenated.
         spatial_shapes: (H, W) of each level; H * W adds up to S. A tensor is read on the host.
-        sampling_locations: `[B, Q, h, L, P, 2]`, (x, y) in units of the map: (0, 0) is its upper left corner, (1, 1) the
-            lower right one, pixel centres at (i + 0.5) / size. Outside of the map values are 0. Keep them in fp32.
+        sampling_locations: `[B, Q, h, L, P, 2]`, (x, y) in units of the map: (0, 0) is its upper left corner, (1, 1)
+            the lower right one, pixel centres at (i + 0.5) / size. Outside of the map values are 0. Keep them in fp32.
         attention_weights: `[B, Q, h, L, P]`, usually a softmax over L * P.
         backend: "grid_sample" (the reference, transformers' arithmetic bit for bit), "torch" (rows of a table, no
             intermediate of all samples), "triton", or "auto": the fastest that runs, or what HF_ATTN_BACKEND forces.

@@ -109,8 +109,8 @@ def check_config(config: DinatConfig) -> None:
     depths, heads, dilations = list(config.depths), list(config.num_heads), config.dilations
     if len(heads) != len(depths) or [len(stage) for stage in dilations] != depths:
         raise ValueError(
-            f"depths {depths}, num_heads {heads} and dilations {dilations} must describe the same stages: one number of "
-            "heads a stage and one dilation a block"
+            f"depths {depths}, num_heads {heads} and dilations {dilations} must describe the same stages: one "
+            "number of heads a stage and one dilation a block"
         )
     if config.kernel_size < 3 or config.kernel_size % 2 == 0:
         raise ValueError(

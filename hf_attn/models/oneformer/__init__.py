@@ -1,4 +1,4 @@
-"""OneFormer (arXiv 2211.06220) complete: DiNAT backbones, fused attention, no scipy to predict, training as published."""
+"""OneFormer (arXiv 2211.06220) complete: DiNAT backbones, fused attention, no scipy, training as published."""
 
 from __future__ import annotations
 

@@ -100,6 +100,10 @@ class MendedLoss(host.OneFormerLoss):
         labels = [mask.to(masks_queries_logits) for mask in mask_labels]
         return super().loss_masks(masks_queries_logits, labels, indices, num_masks)
 
+    def get_num_masks(self, class_labels: list[Tensor], device: torch.device) -> Tensor:
+        """The host's mean number of masks over the ranks, as a scalar: a loss of shape [1] breaks the Trainer."""
+        return super().get_num_masks(class_labels, device).squeeze()
+
 
 def _finite(costs: Tensor) -> Tensor:
     """NaN and infinite costs are worse than any whole assignment of finite ones, and no larger than needed."""

@@ -20,6 +20,8 @@ class Mended:
     _supports_flex_attn = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
+    # The host has a list here, which the Trainer cannot look up.
+    main_input_name = "pixel_values"
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
