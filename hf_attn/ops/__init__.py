@@ -13,6 +13,7 @@ if (_kernel_sources / ".hf_attn_kernels").is_file():
 
 from hf_attn.ops.backend import choose_path  # noqa: E402
 from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
+from hf_attn.ops.deformable import ms_deform_attn  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
 from hf_attn.ops.documents import document_attention, document_scores  # noqa: E402
 from hf_attn.ops.grouped import grouped_softmax_attention  # noqa: E402
@@ -20,6 +21,13 @@ from hf_attn.ops.head_routed import head_routed_attention  # noqa: E402
 from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
 from hf_attn.ops.linear import linear_attention  # noqa: E402
+from hf_attn.ops.neighborhood import (  # noqa: E402
+    merge_attentions,
+    na_av,
+    na_qk,
+    neighborhood_attention,
+    neighborhood_mask,
+)
 from hf_attn.ops.paged import page_scores, page_statistics, paged_attention, select_pages  # noqa: E402
 from hf_attn.ops.pooled_routes import block_scores, select_pooled_routes  # noqa: E402
 from hf_attn.ops.pyramid import (  # noqa: E402
@@ -52,6 +60,12 @@ __all__ = [
     "key_block_major",
     "key_convolution",
     "linear_attention",
+    "ms_deform_attn",
+    "merge_attentions",
+    "na_av",
+    "na_qk",
+    "neighborhood_attention",
+    "neighborhood_mask",
     "page_scores",
     "page_statistics",
     "paged_attention",

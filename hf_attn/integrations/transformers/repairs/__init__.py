@@ -18,7 +18,10 @@ from transformers.modeling_utils import PreTrainedModel
 from hf_attn.mechanism import mechanism_names
 
 # Name -> model type -> file of this folder.
-TABLE: dict[str, dict[str, str]] = {"lightning": {"minimax": "minimax"}}
+TABLE: dict[str, dict[str, str]] = {
+    "lightning": {"minimax": "minimax"},
+    "neighborhood": {"dinat": "dinat", "nat": "dinat", "oneformer": "oneformer"},
+}
 _INSTALLED: WeakKeyDictionary[PreTrainedModel, dict[str, Callable[[], None]]] = WeakKeyDictionary()
 
 

@@ -1,0 +1,1 @@
+"""Neighborhood attention on token grids of one, two or three axes."""
