@@ -71,6 +71,8 @@ _HOMES = {
     "LServeCache": "hf_attn.integrations.transformers.cache",
     "LServeConfig": "hf_attn.mechanisms.lserve",
     # Named in a pipeline's model_index.json as classes of this module, where diffusers also looks for their base.
+    "LaMambaDiffPipeline": "hf_attn.models.lamamba_diff",
+    "LaMambaDiffTransformer2DModel": "hf_attn.models.lamamba_diff",
     "MoHDiTTransformer2DModel": "hf_attn.models.moh_dit",
     "ModelMixin": "diffusers",
     "cache_report": "hf_attn.integrations.transformers.cache",
