@@ -1,4 +1,4 @@
-"""Handwritten digits of 8 x 8 pixels that scikit-learn ships, a judge that reads them, and how good generated ones are."""
+"""scikit-learn's handwritten digits of 8 x 8 pixels, a judge that reads them, and how good generated ones are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selective-scan kernels of others, behind the arguments of `ops.selective_scan`: mamba_ssm and its build on the Hub."""
+"""Selective-scan kernels of others with the arguments of `ops.selective_scan`: mamba_ssm, and its build on the Hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scan_of(backend: str) -> Callable[..., Tensor]:
 
     "torch" is our op. "mamba_ssm" is the installed package, "hub" the kernel `kernels-community/mamba-ssm` (package
     `kernels`); both need CUDA tensors and are looked up at the first call. "auto" takes mamba_ssm for CUDA tensors
-    where it is installed, unless HF_ATTN_BACKEND forces a path, and our op otherwise. Raises ValueError for other names.
+    where it is installed and HF_ATTN_BACKEND forces no path, our op otherwise. Raises ValueError for other names.
     """
     if backend not in BACKENDS:
         raise ValueError(f"scan_backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")

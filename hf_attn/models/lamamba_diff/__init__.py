@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_attn.models.lamamba_diff.modeling_lamamba_diff import VARIANTS, LaMambaDiffTransformer2DModel
+from hf_attn.models.lamamba_diff.official import load_official
 from hf_attn.models.lamamba_diff.pipeline_lamamba_diff import LaMambaDiffPipeline
 
-__all__ = ["VARIANTS", "LaMambaDiffPipeline", "LaMambaDiffTransformer2DModel"]
+__all__ = ["VARIANTS", "LaMambaDiffPipeline", "LaMambaDiffTransformer2DModel", "load_official"]

@@ -1,4 +1,4 @@
-"""The LaMamba block: a four-way selective scan, shifted-window attention and an MLP, each modulated by the condition."""
+"""The LaMamba block: a four-way selective scan, window attention and an MLP, each modulated by the condition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from hf_attn.integrations.hub.scan_kernels import scan_of
-from hf_attn.models.lamamba_diff.paths import PATHS, collect, spread
+from hf_attn.models.lamamba_diff.paths import PATHS, along, collect, spread
 
 MIXERS = {"both": ("scan", "attention"), "scan": ("scan",), "attention": ("attention",)}
 
@@ -61,12 +61,12 @@ class SelectiveScan2D(nn.Module):
         features = silu(self.conv(features.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).flatten(1, 2)
         # What a token says about step size, input and output does not depend on the order, only on the path.
         maps = (features @ self.x_proj.flatten(0, 1).mT).unflatten(2, (PATHS, -1))
-        maps = _along_paths(maps, side, self.continuous)
+        maps = along(maps, side, self.continuous)
         rank, inputs, outputs = maps.split([self.rank, self.state_size, self.state_size], -1)
         y = self.scan(
             spread(features, side, self.continuous),
             rank @ self.dt_proj.mT,
-            -self.A_log.float().exp() if self.A_log.dtype != torch.float64 else -self.A_log.exp(),
+            -torch.exp(self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()),
             inputs,
             outputs,
             self.D,
@@ -75,14 +75,6 @@ class SelectiveScan2D(nn.Module):
         )
         y = collect(y, side, self.continuous).unflatten(1, (side, side))
         return self.out_proj(self.norm(y) * silu(gate))
-
-
-def _along_paths(maps: Tensor, side: int, continuous: bool) -> Tensor:
-    """`[B, L, 4, X]`, each path with values of its own, in the order of the paths, `[B, 4, L, X]`."""
-    from hf_attn.models.lamamba_diff.paths import scan_paths
-
-    order = scan_paths(side, continuous).to(maps.device)
-    return maps[:, order, torch.arange(PATHS, device=maps.device)[:, None]]
 
 
 class WindowAttention(nn.Module):

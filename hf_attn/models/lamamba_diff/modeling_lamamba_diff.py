@@ -280,7 +280,7 @@ class Head(nn.Module):
 
 
 def sincos_table(side: int, dim: int) -> Tensor:
-    """2-D sine-cosine table `[side, side, dim]`: the first half of the channels from the column, the second from the row.
+    """2-D sine-cosine table `[side, side, dim]`: half of the channels from the column, then half from the row.
 
     Each half is sin(p w_i) for all i, then cos(p w_i), w_i = 10000^(-i / (dim / 4)), i = 0..dim/4-1.
     """

@@ -2,53 +2,71 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PATHS = 4
+# Orders by side, kind and device: they are asked for in every block.
+_KEPT: dict[tuple[int, bool, torch.device], tuple[Tensor, Tensor]] = {}
 
 
-@cache
-def scan_paths(side: int, continuous: bool = True) -> Tensor:
+def scan_paths(side: int, continuous: bool = True, device: torch.device | None = None) -> Tensor:
     """Row-major positions in the order of each path, int64 `[4, side * side]`.
 
     continuous: snakes, whose steps all go to a neighbour: rows downward from the top left, rows upward from the bottom
     left, columns rightward from the bottom left, columns leftward from the bottom right. Otherwise row-major,
     column-major and their reversals.
     """
-    grid = torch.arange(side * side).view(side, side)
+    grid = torch.arange(side * side, device=device).view(side, side)
     if not continuous:
         rows = torch.stack([grid.flatten(), grid.mT.flatten()])
         return torch.cat([rows, rows.flip(1)])
-    snake = torch.arange(side).expand(side, side).clone()
-    snake[1::2] = snake[1::2].flip(1)
-    slow = torch.arange(side)[:, None]
+    fast, slow = torch.arange(side, device=device), torch.arange(side, device=device)[:, None]
     last = side - 1
+    snake = torch.where(slow % 2 == 0, fast, last - fast)
     return torch.stack(
         [grid[slow, snake], grid[last - slow, snake], grid[last - snake, slow], grid[last - snake, last - slow]]
     ).flatten(1)
 
 
-@cache
-def _inverse(side: int, continuous: bool) -> Tensor:
-    """Place of every position on each path, as an index into the four paths end to end, `[4 * side * side]`."""
-    places = scan_paths(side, continuous).argsort(1)
-    return (places + torch.arange(PATHS)[:, None] * side * side).flatten()
+def orders(features: Tensor, side: int, continuous: bool) -> tuple[Tensor, Tensor]:
+    """Positions in the order of the four paths, and the place of every position on each path, `[4 * side * side]`.
+
+    Places count through the four paths end to end.
+    """
+    key = side, continuous, features.device
+    plain = type(features) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    if not plain:
+        return _orders(*key)
+    if key not in _KEPT:
+        with torch.inference_mode(False):  # else no backward could save them later
+            _KEPT[key] = _orders(*key)
+    return _KEPT[key]
+
+
+def _orders(side: int, continuous: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    paths = scan_paths(side, continuous, device)
+    offsets = torch.arange(PATHS, device=device)[:, None] * side * side
+    return paths.flatten(), (paths.argsort(1) + offsets).flatten()
 
 
 def spread(features: Tensor, side: int, continuous: bool) -> Tensor:
     """`[B, L, E]` along the four paths, `[B, 4, L, E]`."""
-    order = scan_paths(side, continuous).flatten().to(features.device)
-    return _Spread.apply(features, order, _inverse(side, continuous).to(features.device))
+    return _Spread.apply(features, *orders(features, side, continuous))
 
 
 def collect(features: Tensor, side: int, continuous: bool) -> Tensor:
     """`[B, 4, L, E]` back to the positions, summed over the paths, `[B, L, E]`."""
-    order = scan_paths(side, continuous).flatten().to(features.device)
-    return _Collect.apply(features, order, _inverse(side, continuous).to(features.device))
+    return _Collect.apply(features, *orders(features, side, continuous))
+
+
+def along(maps: Tensor, side: int, continuous: bool) -> Tensor:
+    """`[B, L, 4, X]`, values of each path's own, in the order of the paths, `[B, 4, L, X]`."""
+    order, _ = orders(maps, side, continuous)
+    paths = torch.arange(PATHS, device=maps.device)[:, None]
+    return maps[:, order.view(PATHS, -1), paths]
 
 
 # The two are adjoint. Autograd's own backward of an index is a scatter with additions, slower than another gather.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -108,8 +108,6 @@ class LaMambaDiffPipeline(DiTPipeline):
 
     def _step_options(self, generator: Any) -> dict[str, Any]:
         """Schedulers that draw noise take the generator."""
-        import inspect
-
         return {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
 
     @property
@@ -138,6 +136,4 @@ def guided(predicted: Tensor, channels: int, scale: float) -> Tensor:
     return torch.cat([torch.cat([noise, noise]), rest], 1)
 
 
-# What model_index.json names, and where DiffusionPipeline.from_pretrained looks for the class of a pipeline.
 LaMambaDiffPipeline.__module__ = "hf_attn"
-diffusers.LaMambaDiffPipeline = LaMambaDiffPipeline
