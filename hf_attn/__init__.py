@@ -1,7 +1,7 @@
 """Published attention systems as plugins: `attn_implementation="hf_attn_moba"` in transformers.
 
-Importing this package registers the names `hf_attn_<mechanism>`, the `config.hf_attn` property and the model types of
-hf_attn.models, nothing else: no mechanism, model, compiler or further library is loaded before it is used.
+Importing this package registers the names `hf_attn_<mechanism>`, the `config.hf_attn` property, and the model types and
+pipelines of hf_attn.models, nothing else: no mechanism, model, compiler or further library is loaded before it is used.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from hf_attn import models as _models
+from hf_attn.integrations import diffusers_names as _diffusers_names
 from hf_attn.integrations.transformers import registration as _registration
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ _HOMES = {
     "LServeCache": "hf_attn.integrations.transformers.cache",
     "LServeConfig": "hf_attn.mechanisms.lserve",
     # Named in a pipeline's model_index.json as classes of this module, where diffusers also looks for their base.
+    "LaMambaDiffPipeline": "hf_attn.models.lamamba_diff",
+    "LaMambaDiffTransformer2DModel": "hf_attn.models.lamamba_diff",
     "MoHDiTTransformer2DModel": "hf_attn.models.moh_dit",
     "ModelMixin": "diffusers",
     "cache_report": "hf_attn.integrations.transformers.cache",
@@ -138,3 +141,4 @@ def __dir__() -> list[str]:
 
 _registration.install()
 _models.install()
+_diffusers_names.install()

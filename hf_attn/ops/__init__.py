@@ -43,6 +43,7 @@ from hf_attn.ops.quantized import quantized_block_attention  # noqa: E402
 from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
 from hf_attn.ops.selection import select_blocks  # noqa: E402
 from hf_attn.ops.selective import selective_attention  # noqa: E402
+from hf_attn.ops.selective_scan import selective_scan  # noqa: E402
 from hf_attn.ops.windowed import gated_streaming_attention, sink_window_attention  # noqa: E402
 
 __all__ = [
@@ -84,5 +85,6 @@ __all__ = [
     "select_pages",
     "select_routes",
     "selective_attention",
+    "selective_scan",
     "sink_window_attention",
 ]

@@ -1,0 +1,1 @@
+"""Selective state-space scan (Mamba's recurrence) over groups of channels."""
