@@ -35,6 +35,7 @@ from hf_attn.ops.quantized import quantized_block_attention  # noqa: E402
 from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
 from hf_attn.ops.selection import select_blocks  # noqa: E402
 from hf_attn.ops.selective import selective_attention  # noqa: E402
+from hf_attn.ops.spanned_window import spanned_window_attention  # noqa: E402
 from hf_attn.ops.windowed import gated_streaming_attention, sink_window_attention  # noqa: E402
 
 __all__ = [
@@ -71,4 +72,5 @@ __all__ = [
     "select_routes",
     "selective_attention",
     "sink_window_attention",
+    "spanned_window_attention",
 ]
