@@ -68,6 +68,7 @@ FAMILIES = (
     Family("moh_qwen3", _MOH, "MoHQwen3Config", "MoHQwen3Model", "MoHQwen3ForCausalLM"),
     Family("moh_mistral", _MOH, "MoHMistralConfig", "MoHMistralModel", "MoHMistralForCausalLM"),
     _vision("biformer", "BiFormer"),
+    _vision("patnet", "PatNet"),
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).
