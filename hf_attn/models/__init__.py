@@ -9,6 +9,20 @@ _MOBA = "hf_attn.models.moba"
 _MOH = "hf_attn.models.moh"
 _UOE = "hf_attn.models.uoe"
 
+
+def _vision(model_type: str, name: str) -> Family:
+    """A vision backbone: its classes are named after one word."""
+    heads = (("AutoModelForImageClassification", f"{name}ForImageClassification"), ("AutoBackbone", f"{name}Backbone"))
+    return Family(
+        model_type,
+        f"hf_attn.models.{model_type}",
+        f"{name}Config",
+        f"{name}Model",
+        heads=heads,
+        image_processor="ConvNextImageProcessor",
+    )
+
+
 # What AutoModel and AutoModelForCausalLM find after `import hf_attn`; each module exports the three classes by name.
 FAMILIES = (
     Family(
@@ -53,6 +67,8 @@ FAMILIES = (
     Family("moh_qwen2", _MOH, "MoHQwen2Config", "MoHQwen2Model", "MoHQwen2ForCausalLM"),
     Family("moh_qwen3", _MOH, "MoHQwen3Config", "MoHQwen3Model", "MoHQwen3ForCausalLM"),
     Family("moh_mistral", _MOH, "MoHMistralConfig", "MoHMistralModel", "MoHMistralForCausalLM"),
+    _vision("biformer", "BiFormer"),
+    _vision("patnet", "PatNet"),
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).

@@ -12,6 +12,7 @@ if (_kernel_sources / ".hf_attn_kernels").is_file():
     __path__.extend(str(path) for path in sorted(_kernel_sources.glob("*/torch-ext")))
 
 from hf_attn.ops.backend import choose_path  # noqa: E402
+from hf_attn.ops.bilevel import bilevel_routing_attention, select_regions  # noqa: E402
 from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
 from hf_attn.ops.documents import document_attention, document_scores  # noqa: E402
@@ -41,6 +42,7 @@ from hf_attn.ops.windowed import gated_streaming_attention, sink_window_attentio
 __all__ = [
     "antidiagonal_importance",
     "assign_levels",
+    "bilevel_routing_attention",
     "block_scores",
     "block_sparse_attention",
     "choose_path",
@@ -69,6 +71,7 @@ __all__ = [
     "select_routes",
     "similarity_cap",
     "select_pages",
+    "select_regions",
     "select_routes",
     "selective_attention",
     "sink_window_attention",
