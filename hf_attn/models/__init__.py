@@ -68,6 +68,8 @@ FAMILIES = (
     Family("moh_qwen3", _MOH, "MoHQwen3Config", "MoHQwen3Model", "MoHQwen3ForCausalLM"),
     Family("moh_mistral", _MOH, "MoHMistralConfig", "MoHMistralModel", "MoHMistralForCausalLM"),
     _vision("biformer", "BiFormer"),
+    _vision("emov2", "EMOv2"),
+    _vision("overlock", "Overlock"),
     _vision("patnet", "PatNet"),
 )
 

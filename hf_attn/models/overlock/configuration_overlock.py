@@ -118,10 +118,9 @@ class OverlockConfig(VisionConfig):
         for stage, kernel in enumerate(self.kernel_sizes):
             if kernel not in KERNELS:
                 raise ValueError(f"kernel_sizes[{stage}]={kernel} must be odd, one of {', '.join(map(str, KERNELS))}")
-        if self.smk_size % 2 == 0 or not 3 <= self.smk_size <= min(self.kernel_sizes[2:]):
-            raise ValueError(
-                f"smk_size={self.smk_size} must be odd, from 3 to the smaller large window, {min(self.kernel_sizes[2:])}"
-            )
+        largest = min(self.kernel_sizes[2:])
+        if self.smk_size % 2 == 0 or not 3 <= self.smk_size <= largest:
+            raise ValueError(f"smk_size={self.smk_size} must be odd, from 3 to the smaller large window, {largest}")
         if self.embed_dims[0] % 2 or self.embed_dims[3] % 4:
             raise ValueError(
                 f"embed_dims={self.embed_dims} must have an even first entry, and its last be a multiple of 4"
