@@ -66,7 +66,11 @@ class BilevelRoutingAttention(nn.Module):
         """Padding takes part: it is projected, read as keys, and cut off at the end."""
         height, width = maps.shape[1:3]
         region = self.region_of(height, width)
-        below, right = -height % region[0], -width % region[1]
+        if self.config.region_size:
+            below, right = -height % region[0], -width % region[1]
+        else:
+            # To n_win whole regions, even where fewer would hold the map.
+            below, right = (r * self.config.n_win - n for r, n in zip(region, (height, width), strict=True))
         if below or right:
             maps = pad(maps, (0, 0, 0, right, 0, below))
         query, key, value = self.qkv(maps)
