@@ -65,19 +65,23 @@ class BilevelRoutingAttention(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """Padding takes part: it is projected, read as keys, and cut off at the end."""
         height, width = maps.shape[1:3]
-        region = self.region_of(height, width)
-        if self.config.region_size:
-            below, right = -height % region[0], -width % region[1]
-        else:
-            # To n_win whole regions, even where fewer would hold the map.
-            below, right = (r * self.config.n_win - n for r, n in zip(region, (height, width), strict=True))
-        if below or right:
-            maps = pad(maps, (0, 0, 0, right, 0, below))
+        maps, region = self.to_whole_regions(maps)
         query, key, value = self.qkv(maps)
         out = self._attend(query, key, value, region)
         if hasattr(self, "lepe"):
             out = out + _over_channels_last(self.lepe, value)
         return self.wo(out)[:, :height, :width]
+
+    def to_whole_regions(self, maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The map with zeros below and to the right up to whole regions, and the size of a region."""
+        sides = maps.shape[1:3]
+        region = self.region_of(*sides)
+        if self.config.region_size:
+            right, below = -sides[1] % region[1], -sides[0] % region[0]
+        else:
+            # To n_win whole regions, even where fewer would hold the map.
+            below, right = (r * self.config.n_win - n for r, n in zip(region, sides, strict=True))
+        return (pad(maps, (0, 0, 0, right, 0, below)) if below or right else maps), region
 
     def region_of(self, height: int, width: int) -> tuple[int, int]:
         """Tokens of a region, after padding. Raises ValueError for sizes that do not divide, without `auto_pad`."""
