@@ -10,20 +10,13 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from hf_attn.models.emov2 import EMOv2Config, EMOv2ForImageClassification
 from hf_attn.models.emov2.layers import EMOv2AttentionExpansion, EMOv2Block
-from tests.models import vision_backbones as common
+from tests.models import vision_families as common
 
-SIZES = {
-    "depths": [2, 2, 2, 2],
-    "embed_dims": [16, 16, 32, 48],
-    "expand_ratios": [2.0, 2.5, 3.0, 3.5],
-    "head_dims": [8, 8, 16, 16],
-    "window_size": 4,
-    "num_labels": 5,
-}
+SIZES = {**common.TINY["emov2"], "num_labels": 5}
 
 
 def tiny(**options) -> EMOv2ForImageClassification:
-    return common.classifier(EMOv2Config(**{**SIZES, **options}))
+    return common.classifier("emov2", **options)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +74,10 @@ def test_official_weights_load_strictly():
     assert set(ours) == official_names(SIZES["depths"], (False, False, True, True))
     fresh = EMOv2ForImageClassification(model.config).eval()
     fresh.load_official_weights({"state_dict": {f"module.{name}": tensor for name, tensor in ours.items()}})
-    images = common.pixels(1, 64, 64)
+    images = common.images(rows=1)
     with torch.no_grad():
         assert torch.equal(fresh(images).logits, model(images).logits)
-    other = EMOv2ForImageClassification(EMOv2Config(**{**SIZES, "depths": [2, 2, 3, 2]}))
+    other = EMOv2ForImageClassification(EMOv2Config(**{**SIZES, "depths": [1, 2, 3, 2]}))
     with pytest.raises(ValueError, match=r"missing.*stage3\.2"):
         other.load_official_weights(ours)
     wider = EMOv2ForImageClassification(EMOv2Config(**{**SIZES, "embed_dims": [16, 16, 32, 64]}))
@@ -92,23 +85,35 @@ def test_official_weights_load_strictly():
         wider.load_official_weights(ours)
 
 
-def test_a_fresh_network_starts_at_the_published_layer_scale():
-    for value, model in ((1e-6, EMOv2ForImageClassification(EMOv2Config(**SIZES))), (0.5, tiny_fresh(0.5))):
-        gammas = [p for name, p in model.named_parameters() if name.endswith("ls.gamma")]
-        assert len(gammas) == 8 and all(bool((gamma == value).all()) for gamma in gammas)
+@pytest.mark.parametrize("value", [1e-6, 0.5])
+def test_layer_scale_starts_where_the_config_says(value):
+    model = EMOv2ForImageClassification(EMOv2Config(**{**SIZES, "layer_scale_init_value": value}))
+    gammas = [p for name, p in model.named_parameters() if name.endswith("ls.gamma")]
+    assert len(gammas) == sum(SIZES["depths"]) and all(bool((gamma == value).all()) for gamma in gammas)
 
 
-def tiny_fresh(layer_scale):
-    return EMOv2ForImageClassification(EMOv2Config(**SIZES, layer_scale_init_value=layer_scale))
+def maps(batch: int, height: int, width: int, channels: int) -> torch.Tensor:
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
 def expansion(mode: str, window: int) -> EMOv2AttentionExpansion:
-    return common.randomised(EMOv2AttentionExpansion(16, 24, "gelu", True, head_dim=8, window=window, mode=mode))
+    torch.manual_seed(0)
+    layer = EMOv2AttentionExpansion(16, 24, "gelu", True, head_dim=8, window=window, mode=mode)
+    common.stir(layer)
+    return layer
+
+
+@torch.no_grad()
+def test_windows_by_stage():
+    """A list of windows, 0 among them; sizes that need padding and sizes that do not."""
+    model = tiny(window_size=[7, 7, 0, 3], expand_ops=["close", "remote", "hybrid", "hybrid"])
+    for height, width in ((32, 32), (96, 64), (40, 150)):
+        assert model(common.images(height, width, rows=1)).logits.isfinite().all()
 
 
 @torch.no_grad()
 def test_hybrid_is_the_sum_of_close_and_remote():
-    hidden = common.pixels(2, 6, 9, 16)
+    hidden = maps(2, 6, 9, 16)
     close, remote, hybrid = (expansion(mode, 3)(hidden) for mode in ("close", "remote", "hybrid"))
     torch.testing.assert_close(hybrid, close + remote, rtol=1e-6, atol=1e-6)
     assert (close - remote).abs().max() > 1e-3
@@ -117,7 +122,7 @@ def test_hybrid_is_the_sum_of_close_and_remote():
 @torch.no_grad()
 def test_padded_tokens_are_keys():
     """Zeros before the projections: their keys are the bias. Masking them gives something else."""
-    layer, hidden = expansion("close", 4), common.pixels(1, 3, 4, 16)
+    layer, hidden = expansion("close", 4), maps(1, 3, 4, 16)
     padded = pad(hidden, (0, 0, 0, 1))
     query, key = layer.qk(padded).chunk(2, 1)
     heads = [x.flatten(2).unflatten(1, (2, -1)).mT for x in (query, key, layer.v(padded))]
@@ -131,44 +136,9 @@ def test_padded_tokens_are_keys():
     assert (found - masked).abs().max() > 1e-3
 
 
-def test_any_size():
-    common.check_sizes(tiny())
-    common.check_sizes(tiny(window_size=[7, 7, 0, 3]))
-
-
-@torch.no_grad()
-def test_eager_equals_sdpa():
-    model, images = tiny(), common.pixels(2, 80, 64)
-    expected = model(images).logits
-    model.set_attn_implementation("eager")
-    assert model.config._attn_implementation == "eager"
-    torch.testing.assert_close(model(images).logits, expected, rtol=1e-5, atol=1e-5)
-    assert model.bfloat16()(images.bfloat16()).logits.isfinite().all()
-
-
-def test_rows_are_independent():
-    common.check_rows_are_independent(tiny())
-
-
-def test_round_trips(tmp_path):
-    common.check_saved(tiny(expand_ops=["conv", "close", "remote", "hybrid"]), tmp_path)
-
-
-def test_segmenters():
-    common.check_segmenters(EMOv2Config(**SIZES))
-
-
-def test_export():
-    common.check_export(tiny())
-
-
-def test_training():
-    common.check_training(tiny(drop_path_rate=0.0))
-
-
 def test_blocks_without_skip_have_no_stochastic_depth():
     block = EMOv2Block(8, 8, expand_ratio=2, stride=2, drop_path=0.9).train()
-    hidden = common.pixels(64, 4, 4, 8)
+    hidden = maps(64, 4, 4, 8)
     assert bool(block(hidden).flatten(1).any(1).all())
     dropped = EMOv2Block(8, 8, expand_ratio=2, drop_path=0.9).train()
     assert (dropped(hidden) == hidden).flatten(1).all(1).any()
@@ -191,13 +161,8 @@ def test_bad_configs(change, message):
         EMOv2ForImageClassification(EMOv2Config(**{**SIZES, **change}))
 
 
-def test_images_that_are_too_small():
-    with pytest.raises(ValueError, match="at least 32"):
-        tiny()(common.pixels(1, 31, 64))
-
-
 def test_the_backbone_has_no_weights_of_its_own():
     from hf_attn.models.emov2.modeling_emov2 import EMOv2Backbone
 
-    backbone = EMOv2Backbone(EMOv2Config(**SIZES, out_features=common.STAGES))
+    backbone = EMOv2Backbone(EMOv2Config(**SIZES, out_features=["stage1", "stage4"]))
     assert all(isinstance(norm, nn.Identity) for norm in backbone.hidden_states_norms.values())

@@ -26,7 +26,7 @@ from transformers import (
 from hf_attn.bench import backbone_speed
 from hf_attn.models.vision.layers import DropPath, drop_path_rates
 from hf_attn.models.vision.official import OfficialNames, load_official
-from tests.models.vision_families import FAMILIES, classifier, config_of, images, stir
+from tests.models.vision_families import ATTENTION, FAMILIES, classifier, config_of, images, stir
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SEGMENTATION = {
@@ -97,7 +97,7 @@ def test_out_features_and_sizes(family):
     assert same.out_features == model.out_features
 
 
-@families
+@pytest.mark.parametrize("family", ATTENTION)
 def test_eager_equals_sdpa(family):
     pixels, found = images(65, 83), {}
     for implementation in ("eager", "sdpa"):
@@ -307,7 +307,7 @@ sys.path.insert(0, {root!r})
 from PIL import Image
 from transformers import UperNetConfig, UperNetForSemanticSegmentation, pipeline
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
-from tests.models.vision_families import FAMILIES, classifier, config_of
+from tests.models.vision_families import ATTENTION, FAMILIES, classifier, config_of
 image = Image.effect_noise((90, 70), 60).convert("RGB")
 for family in FAMILIES:
     with tempfile.TemporaryDirectory() as folder:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification
 
 import hf_attn  # noqa: F401  registers the model types
@@ -18,9 +20,29 @@ TINY: dict[str, dict[str, Any]] = {
         "n_win": 2,
         "topks": [1, 2, 4, -2],
     },
+    "emov2": {
+        "embed_dims": [16, 24, 32, 48],
+        "depths": [1, 2, 2, 2],
+        "expand_ratios": [2.0, 2.5, 3.0, 3.5],
+        "head_dims": [8, 8, 16, 16],
+        "window_size": 4,
+        "layer_scale_init_value": 1.0,
+    },
+    "overlock": {
+        "embed_dims": [8, 16, 24, 32],
+        "depths": [1, 1, 1, 1],
+        "sub_depths": [2, 1],
+        "kernel_sizes": [9, 7, 7, 5],
+        "mlp_ratios": [2, 2, 2, 2],
+        "sub_mlp_ratios": [2, 2],
+        "sub_num_heads": [2, 2],
+        "projection_dim": 32,
+    },
     "patnet": {"embed_dim": 16, "depths": [1, 1, 2, 1], "feature_dim": 32},
 }
 FAMILIES = sorted(TINY)
+# Families with attention layers of the usual kind, which the attention interface of transformers reaches.
+ATTENTION = [family for family in FAMILIES if family != "overlock"]
 
 
 def config_of(family: str, **changes: Any) -> Any:
@@ -50,3 +72,12 @@ def stir(model: torch.nn.Module) -> None:
 
 def images(height: int = 64, width: int = 64, rows: int = 2) -> torch.Tensor:
     return torch.randn(rows, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def macs(build: Callable[[], torch.nn.Module], size: int) -> float:
+    """Products of convolutions, linear layers and attention of one image, in units of 1e9; nothing is computed."""
+    with torch.device("meta"), torch.no_grad():
+        model, images = build().eval(), torch.empty(1, 3, size, size)
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+    return counter.get_total_flops() / 2e9

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import gelu, pad, relu, silu
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_attn import ops
@@ -15,7 +15,7 @@ from hf_attn.models.vision.attention import attend
 from hf_attn.models.vision.layers import ChannelLayerNorm, DropPath
 
 EPS = 1e-6
-ACTIVATIONS = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "relu": relu}
 
 
 class EMOv2LayerNorm(nn.Module):
@@ -53,10 +53,15 @@ class EMOv2ConvLayer(nn.Module):
         groups = channels_in if depthwise else 1
         self.conv = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(channels_out, eps=EPS) if norm else nn.Identity()
-        self.act = ACTIVATIONS[act]() if act else nn.Identity()
+        self.act = act
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(hidden)))
+        hidden = self.norm(self.conv(hidden))
+        if self.act is None:
+            return hidden
+        # The maps are large and memory is what costs: without gradients nobody else needs the convolution's output.
+        in_place = {} if self.act == "gelu" or torch.is_grad_enabled() else {"inplace": True}
+        return ACTIVATIONS[self.act](hidden, **in_place)
 
 
 class EMOv2ConvExpansion(nn.Module):
@@ -175,9 +180,13 @@ class EMOv2Block(GradientCheckpointingLayer):
         """`[B, dim_in, H, W]` -> `[B, dim_out, ceil(H / stride), ceil(W / stride)]`."""
         wide = self.eops[0](self.norm(hidden))
         local = self.conv_local(wide)
+        if not self.has_skip:
+            return self.ls(self.proj(local))
         # The skip goes around the depthwise convolution as well.
-        out = self.ls(self.proj(wide + local if self.has_skip else local))
-        return hidden + self.drop_path(out) if self.has_skip else out
+        out = self.proj(wide + local)
+        if self.training and self.drop_path.rate:
+            return hidden + self.drop_path(self.ls(out))
+        return torch.addcmul(hidden, out, self.ls.gamma)
 
 
 def check_heads(dim: int, mid: int, head_dim: int) -> None:
