@@ -10,6 +10,20 @@ _MOBA = "hf_attn.models.moba"
 _MOH = "hf_attn.models.moh"
 _UOE = "hf_attn.models.uoe"
 
+
+def _vision(model_type: str, name: str) -> Family:
+    """A vision backbone: its classes are named after one word."""
+    heads = (("AutoModelForImageClassification", f"{name}ForImageClassification"), ("AutoBackbone", f"{name}Backbone"))
+    return Family(
+        model_type,
+        f"hf_attn.models.{model_type}",
+        f"{name}Config",
+        f"{name}Model",
+        heads=heads,
+        image_processor="ConvNextImageProcessor",
+    )
+
+
 # What AutoModel and AutoModelForCausalLM find after `import hf_attn`; each module exports the three classes by name.
 FAMILIES = (
     Family(
@@ -64,6 +78,10 @@ FAMILIES = (
             ("AutoBackbone", "NatAttnBackbone"),
         ),
     ),
+    _vision("biformer", "BiFormer"),
+    _vision("emov2", "EMOv2"),
+    _vision("overlock", "Overlock"),
+    _vision("patnet", "PatNet"),
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).

@@ -12,6 +12,7 @@ if (_kernel_sources / ".hf_attn_kernels").is_file():
     __path__.extend(str(path) for path in sorted(_kernel_sources.glob("*/torch-ext")))
 
 from hf_attn.ops.backend import choose_path  # noqa: E402
+from hf_attn.ops.bilevel import bilevel_routing_attention, select_regions  # noqa: E402
 from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
 from hf_attn.ops.deformable import ms_deform_attn  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
@@ -43,12 +44,17 @@ from hf_attn.ops.quantized import quantized_block_attention  # noqa: E402
 from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
 from hf_attn.ops.selection import select_blocks  # noqa: E402
 from hf_attn.ops.selective import selective_attention  # noqa: E402
+<<<<<<< HEAD
 from hf_attn.ops.selective_scan import selective_scan  # noqa: E402
+=======
+from hf_attn.ops.spanned_window import spanned_window_attention  # noqa: E402
+>>>>>>> work-bb2
 from hf_attn.ops.windowed import gated_streaming_attention, sink_window_attention  # noqa: E402
 
 __all__ = [
     "antidiagonal_importance",
     "assign_levels",
+    "bilevel_routing_attention",
     "block_scores",
     "block_sparse_attention",
     "choose_path",
@@ -83,8 +89,10 @@ __all__ = [
     "select_routes",
     "similarity_cap",
     "select_pages",
+    "select_regions",
     "select_routes",
     "selective_attention",
     "selective_scan",
     "sink_window_attention",
+    "spanned_window_attention",
 ]

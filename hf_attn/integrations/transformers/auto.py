@@ -11,6 +11,7 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
+import transformers
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -21,6 +22,7 @@ class Family:
     """One model type: the module that has its classes (looked up when needed) and their names.
 
     `heads` are further classes: pairs (Auto class, name), as in ("AutoModelForImageClassification", "MoHViTFor...").
+    `image_processor` is the name of a transformers image processor with a PIL form, as in "ConvNextImageProcessor".
     """
 
     model_type: str
@@ -29,6 +31,7 @@ class Family:
     model: str
     causal_lm: str | None = None
     heads: tuple[tuple[str, str], ...] = ()
+    image_processor: str | None = None
 
     def classes(self) -> list[tuple[str, str]]:
         """Pairs (Auto class, name) of all model classes."""
@@ -65,6 +68,19 @@ def register(family: Family) -> None:
         mapping._reverse_config_mapping[family.config] = family.model_type
         mapping._model_mapping[family.model_type] = name
         mapping._modules[family.model_type] = module
+    if family.image_processor is not None:
+        _register_image_processor(family, module)
+
+
+def _register_image_processor(family: Family, module: ModuleType) -> None:
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    # Names that our module lacks are looked up in transformers itself.
+    processors = {"torchvision": family.image_processor, "pil": f"{family.image_processor}Pil"}
+    IMAGE_PROCESSOR_MAPPING._config_mapping[family.model_type] = family.config
+    IMAGE_PROCESSOR_MAPPING._reverse_config_mapping[family.config] = family.model_type
+    IMAGE_PROCESSOR_MAPPING._model_mapping[family.model_type] = processors
+    IMAGE_PROCESSOR_MAPPING._modules[family.model_type] = module
 
 
 def _has_name_tables(configs: object, *mappings: object) -> bool:
@@ -80,3 +96,9 @@ def _register_classes(family: Family) -> None:
     AutoConfig.register(family.model_type, config)
     for auto, name in family.classes():
         getattr(modeling_auto, auto).register(config, getattr(module, name))
+    if family.image_processor is not None:
+        processors = {
+            backend: getattr(transformers, family.image_processor + end)
+            for backend, end in (("torchvision", ""), ("pil", "Pil"))
+        }
+        transformers.AutoImageProcessor.register(config, image_processor_classes=processors)

@@ -1,0 +1,158 @@
+"""bilevel_routing_attention: every region reads the tokens of the regions most like it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hf_attn.checks import require_one_of
+from hf_attn.ops.backend import choose_path
+from hf_attn.ops.block_sparse import block_sparse_attention
+from hf_attn.pattern import BlockPattern
+
+GATHERS = ("auto", "copy", "blocks")
+
+
+def bilevel_routing_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    region_size: Sequence[int],
+    top_k: int,
+    scale: float | None = None,
+    routes: Tensor | None = None,
+    gather: str = "auto",
+    attend: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v over the tokens of the `top_k` regions nearest to a query's own (arXiv 2303.08810).
+
+    The map, of any rank, is cut into regions of `region_size`, each of which must divide its side; see
+    `select_regions` for the choice. A region need not choose itself.
+
+    Args:
+        query, key, value: `[B, *space, H, D]`, `[B, *space, H, D]`, `[B, *space, H, Dv]`.
+        region_size: tokens of a region along every axis of `space`.
+        top_k: regions read, 1 .. number of regions.
+        scale: factor on the scores, default (H D)^-0.5: the width of all heads, as in the published models.
+        routes: int `[B, regions, top_k]` from `select_regions`, to use instead of choosing here.
+        gather: "copy" copies the chosen keys side by side (top_k times the keys in memory) and is the faster on a CPU
+            for the maps of the published models; "blocks" reads them where they are (`block_sparse_attention`);
+            "auto" copies on a CPU up to 2^24 copied numbers, and reads in place everywhere else.
+        attend: computes the attention over the copies in the place of SDPA, `attend(query, key, value, scale=...)` of
+            `[B regions, H, N, D]`; only with copies.
+
+    Returns:
+        `[B, *space, H, Dv]`. Differentiable in query, key and value; the choice is a constant.
+
+    Raises ValueError for shapes that do not fit, naming the argument.
+    """
+    sides = _check(query, key, value, region_size, top_k)
+    require_one_of("gather", gather, GATHERS)
+    heads, width = query.shape[-2:]
+    scale = (heads * width) ** -0.5 if scale is None else float(scale)
+    if routes is None:
+        routes = select_regions(query, key, region_size=region_size, top_k=top_k)
+    elif routes.shape != (query.shape[0], prod(sides), top_k):
+        raise ValueError(f"routes must be [{query.shape[0]}, {prod(sides)}, {top_k}], got {list(routes.shape)}")
+    parts = [_to_regions(t, region_size) for t in (query, key, value)]
+    if attend is not None:
+        gather = "copy"
+    elif gather == "auto":
+        path = choose_path("block_sparse_attention", query, width, value.shape[-1])
+        copied = top_k * (parts[1].numel() + parts[2].numel())
+        gather = "copy" if path == "torch" and query.device.type == "cpu" and copied <= 1 << 24 else "blocks"
+    if gather == "copy":
+        out = _by_copies(*parts, routes, scale, attend or scaled_dot_product_attention)
+    else:
+        out = _in_place(*parts, routes, scale)
+    return _from_regions(out, region_size, query.shape[1:-2])
+
+
+@torch.no_grad()
+def select_regions(query: Tensor, key: Tensor, *, region_size: Sequence[int], top_k: int) -> Tensor:
+    """Regions whose mean key has the largest product with a region's mean query, over all heads together.
+
+    Args: as `bilevel_routing_attention`.
+
+    Returns:
+        int64 `[B, regions, top_k]`, best first, regions counted row-major. Computed in fp32 (fp64 for fp64); not
+        differentiable. Ties as in `torch.topk`.
+    """
+    _check(query, key, key, region_size, top_k)
+    means = [_to_regions(t, region_size).to(_exact(t)).mean(3).transpose(1, 2).flatten(2) for t in (query, key)]
+    return (means[0] @ means[1].mT).topk(top_k, -1).indices
+
+
+def _exact(states: Tensor) -> torch.dtype:
+    return torch.float64 if states.dtype == torch.float64 else torch.float32
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, region_size: Sequence[int], top_k: int) -> list[int]:
+    """Regions along every axis; raises ValueError for what does not fit."""
+    space = query.shape[1:-2]
+    if query.dim() < 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1]:
+        raise ValueError(
+            "query and key must be [B, *space, H, D] and value [B, *space, H, Dv], got "
+            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+        )
+    if len(region_size) != len(space) or any(r < 1 or n % r for n, r in zip(space, region_size, strict=False)):
+        raise ValueError(
+            f"region_size={tuple(region_size)} must divide the map {tuple(space)} along every axis; pad the map, or "
+            "choose another size"
+        )
+    sides = [n // r for n, r in zip(space, region_size, strict=True)]
+    if not 1 <= top_k <= prod(sides):
+        raise ValueError(f"top_k={top_k} must be between 1 and the {prod(sides)} regions of the map")
+    return sides
+
+
+def _to_regions(states: Tensor, region_size: Sequence[int]) -> Tensor:
+    """`[B, *space, H, D]` -> `[B, H, regions, tokens of a region, D]`."""
+    rank, split = len(region_size), [states.shape[0]]
+    for n, r in zip(states.shape[1:-2], region_size, strict=True):
+        split += [n // r, r]
+    parts = states.reshape(*split, *states.shape[-2:])
+    outer, inner = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
+    parts = parts.permute(0, 2 * rank + 1, *outer, *inner, 2 * rank + 2)
+    regions = prod(split[1::2])
+    return parts.reshape(states.shape[0], states.shape[-2], regions, prod(region_size), states.shape[-1])
+
+
+def _from_regions(parts: Tensor, region_size: Sequence[int], space: Sequence[int]) -> Tensor:
+    """The inverse of `_to_regions`."""
+    rank, sides = len(region_size), [n // r for n, r in zip(space, region_size, strict=True)]
+    batch, heads, _, _, width = parts.shape
+    parts = parts.reshape(batch, heads, *sides, *region_size, width)
+    order = [axis for pair in zip(range(2, 2 + rank), range(2 + rank, 2 + 2 * rank), strict=True) for axis in pair]
+    return parts.permute(0, *order, 1, 2 + 2 * rank).reshape(batch, *space, heads, width)
+
+
+def _by_copies(
+    query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: float, attend: Callable[..., Tensor]
+) -> Tensor:
+    """Attention of every region over copies of its regions' tokens; all are `[B, H, regions, tokens, D]`."""
+    batch, heads, regions, tokens, _ = key.shape
+    index = routes[:, None].expand(-1, heads, -1, -1).flatten(2)[..., None, None]
+
+    def chosen(states: Tensor) -> Tensor:
+        found = states.gather(2, index.expand(-1, -1, -1, *states.shape[3:]))
+        return found.view(batch, heads, regions, -1, states.shape[-1])
+
+    query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, chosen(key), chosen(value)))
+    return attend(query, key, value, scale=scale).unflatten(0, (batch, regions)).transpose(1, 2)
+
+
+def _in_place(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: float) -> Tensor:
+    """The same by `block_sparse_attention`: a region is a block."""
+    regions, tokens = query.shape[2:4]
+    length = regions * tokens
+    # Ascending and without repeats, as the pattern asks; its checked builder would wait for the device.
+    blocks = routes.sort(-1).values.to(torch.int32)[:, None]
+    pattern = BlockPattern(blocks, block_q=tokens, block_k=tokens, q_len=length, k_len=length)
+    out = block_sparse_attention(*(t.flatten(2, 3) for t in (query, key, value)), pattern, scale=scale)
+    return out.unflatten(2, (regions, tokens))
