@@ -92,7 +92,9 @@ class ChannelGate(nn.Module):
         mean = exact.mean((2, 3), keepdim=True)
         # torch.var and torch.std cost eight times as much on a CPU.
         variance = (exact - mean).square().sum((2, 3)) / (maps.shape[2] * maps.shape[3] - 1)
-        statistics = torch.cat([mean.flatten(1), variance.sqrt()], 1).to(maps.dtype)
+        # A blank map has deviation 0, where the root has no slope; there its gradient is 0, as that of torch.std.
+        deviation = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+        statistics = torch.cat([mean.flatten(1), deviation], 1).to(maps.dtype)
         weight = self.cfc1.weight.squeeze(2)
         gate = linear(statistics, torch.cat([weight[..., 0], weight[..., 1]], 1), self.cfc1.bias)[..., None, None]
         return hardsigmoid(self.bn(gate))
