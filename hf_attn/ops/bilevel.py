@@ -84,7 +84,7 @@ def select_regions(query: Tensor, key: Tensor, *, region_size: Sequence[int], to
         differentiable. Ties as in `torch.topk`.
     """
     _check(query, key, key, region_size, top_k)
-    means = [_to_regions(t, region_size).to(_exact(t)).mean(3).transpose(1, 2).flatten(2) for t in (query, key)]
+    means = [_to_regions(t, region_size).to(_exact(t)).mean(2).flatten(2) for t in (query, key)]
     return (means[0] @ means[1].mT).topk(top_k, -1).indices
 
 
@@ -112,47 +112,48 @@ def _check(query: Tensor, key: Tensor, value: Tensor, region_size: Sequence[int]
 
 
 def _to_regions(states: Tensor, region_size: Sequence[int]) -> Tensor:
-    """`[B, *space, H, D]` -> `[B, H, regions, tokens of a region, D]`."""
+    """`[B, *space, H, D]` -> `[B, regions, tokens of a region, H, D]`."""
     rank, split = len(region_size), [states.shape[0]]
     for n, r in zip(states.shape[1:-2], region_size, strict=True):
         split += [n // r, r]
     parts = states.reshape(*split, *states.shape[-2:])
     outer, inner = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
-    parts = parts.permute(0, 2 * rank + 1, *outer, *inner, 2 * rank + 2)
-    regions = prod(split[1::2])
-    return parts.reshape(states.shape[0], states.shape[-2], regions, prod(region_size), states.shape[-1])
+    parts = parts.permute(0, *outer, *inner, 2 * rank + 1, 2 * rank + 2)
+    return parts.reshape(states.shape[0], prod(split[1::2]), prod(region_size), *states.shape[-2:])
 
 
 def _from_regions(parts: Tensor, region_size: Sequence[int], space: Sequence[int]) -> Tensor:
     """The inverse of `_to_regions`."""
     rank, sides = len(region_size), [n // r for n, r in zip(space, region_size, strict=True)]
-    batch, heads, _, _, width = parts.shape
-    parts = parts.reshape(batch, heads, *sides, *region_size, width)
-    order = [axis for pair in zip(range(2, 2 + rank), range(2 + rank, 2 + 2 * rank), strict=True) for axis in pair]
-    return parts.permute(0, *order, 1, 2 + 2 * rank).reshape(batch, *space, heads, width)
+    batch, heads, width = parts.shape[0], *parts.shape[-2:]
+    parts = parts.reshape(batch, *sides, *region_size, heads, width)
+    order = [axis for pair in zip(range(1, 1 + rank), range(1 + rank, 1 + 2 * rank), strict=True) for axis in pair]
+    return parts.permute(0, *order, 1 + 2 * rank, 2 + 2 * rank).reshape(batch, *space, heads, width)
 
 
 def _by_copies(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: float, attend: Callable[..., Tensor]
 ) -> Tensor:
-    """Attention of every region over copies of its regions' tokens; all are `[B, H, regions, tokens, D]`."""
-    batch, heads, regions, tokens, _ = key.shape
-    index = routes[:, None].expand(-1, heads, -1, -1).flatten(2)[..., None, None]
+    """Attention of every region over copies of its regions' tokens; all are `[B, regions, tokens, H, D]`."""
+    batch, regions = key.shape[:2]
+    first = torch.arange(batch, device=routes.device)[:, None, None] * regions
+    rows = (routes + first).flatten()
 
     def chosen(states: Tensor) -> Tensor:
-        found = states.gather(2, index.expand(-1, -1, -1, *states.shape[3:]))
-        return found.view(batch, heads, regions, -1, states.shape[-1])
+        # Whole rows: a gather of single numbers takes six times as long.
+        found = states.flatten(0, 1).flatten(1).index_select(0, rows)
+        return found.view(batch * regions, -1, *states.shape[3:])
 
-    query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, chosen(key), chosen(value)))
-    return attend(query, key, value, scale=scale).unflatten(0, (batch, regions)).transpose(1, 2)
+    query, key, value = (t.transpose(1, 2) for t in (query.flatten(0, 1), chosen(key), chosen(value)))
+    return attend(query, key, value, scale=scale).transpose(1, 2).unflatten(0, (batch, regions))
 
 
 def _in_place(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: float) -> Tensor:
     """The same by `block_sparse_attention`: a region is a block."""
-    regions, tokens = query.shape[2:4]
+    regions, tokens = query.shape[1:3]
     length = regions * tokens
     # Ascending and without repeats, as the pattern asks; its checked builder would wait for the device.
     blocks = routes.sort(-1).values.to(torch.int32)[:, None]
     pattern = BlockPattern(blocks, block_q=tokens, block_k=tokens, q_len=length, k_len=length)
-    out = block_sparse_attention(*(t.flatten(2, 3) for t in (query, key, value)), pattern, scale=scale)
-    return out.unflatten(2, (regions, tokens))
+    out = block_sparse_attention(*(t.flatten(1, 2).transpose(1, 2) for t in (query, key, value)), pattern, scale=scale)
+    return out.transpose(1, 2).unflatten(1, (regions, tokens))
