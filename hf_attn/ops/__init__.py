@@ -20,6 +20,7 @@ from hf_attn.ops.head_routed import head_routed_attention  # noqa: E402
 from hf_attn.ops.hfattn_sparse.counters import path_counts, reset_path_counts  # noqa: E402
 from hf_attn.ops.key_convolution import key_convolution  # noqa: E402
 from hf_attn.ops.linear import linear_attention  # noqa: E402
+from hf_attn.ops.neural_memory import MemoryStates, memory_coefficients, neural_memory, read_memory  # noqa: E402
 from hf_attn.ops.paged import page_scores, page_statistics, paged_attention, select_pages  # noqa: E402
 from hf_attn.ops.pooled_routes import block_scores, select_pooled_routes  # noqa: E402
 from hf_attn.ops.pyramid import (  # noqa: E402
@@ -38,6 +39,7 @@ from hf_attn.ops.selective import selective_attention  # noqa: E402
 from hf_attn.ops.windowed import gated_streaming_attention, sink_window_attention  # noqa: E402
 
 __all__ = [
+    "MemoryStates",
     "antidiagonal_importance",
     "assign_levels",
     "block_scores",
@@ -52,6 +54,8 @@ __all__ = [
     "key_block_major",
     "key_convolution",
     "linear_attention",
+    "memory_coefficients",
+    "neural_memory",
     "page_scores",
     "page_statistics",
     "paged_attention",
@@ -59,6 +63,7 @@ __all__ = [
     "pyramid_attention",
     "pyramid_pairs",
     "quantized_block_attention",
+    "read_memory",
     "reset_path_counts",
     "routed_block_attention",
     "select_blocks",
