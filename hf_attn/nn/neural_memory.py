@@ -16,7 +16,6 @@ from hf_attn.nn.ragged import causal_convolution, real, tail
 
 # What a layer carries from call to call: tensors with the batch first, and counts.
 State = dict[str, Any]
-BIASES = {"theta": -2.0, "eta": 0.0, "alpha": -4.0}
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -43,6 +42,9 @@ class NeuralMemory(nn.Module):
         norm_eps: of the norm of what is read.
         max_inner_grad_norm: see `ops.neural_memory`.
     """
+
+    # What the gates begin with: small steps, half the momentum, little forgetting.
+    biases = {"theta": -2.0, "eta": 0.0, "alpha": -4.0}
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class NeuralMemory(nn.Module):
             setattr(self, name, nn.Linear(hidden_size, hidden_size, bias=False))
         for name in ("q_conv", "k_conv", "v_conv") if conv_kernel else ():
             setattr(self, name, nn.Parameter(torch.empty(hidden_size, conv_kernel)))
-        for name in BIASES:
+        for name in self.biases:
             setattr(self, f"{name}_proj", nn.Linear(hidden_size, heads))
         sizes = [width, *[inner] * (depth - 1), width]
         self.memory = nn.ParameterList(torch.empty(heads, a, b) for a, b in zip(sizes, sizes[1:], strict=False))
@@ -94,7 +96,7 @@ class NeuralMemory(nn.Module):
         for name in ("q_conv", "k_conv", "v_conv") if self.conv_kernel else ():
             bound = 1 / math.sqrt(self.conv_kernel)
             getattr(self, name).uniform_(-bound, bound)
-        for name, bias in BIASES.items():
+        for name, bias in self.biases.items():
             getattr(self, f"{name}_proj").bias.fill_(bias)
         self.norm.fill_(1)
 
@@ -127,7 +129,7 @@ class NeuralMemory(nn.Module):
         new = {**state, "k_tail": k_tail, "v_tail": v_tail}
         if frozen:
             return ops.read_memory(query, self.weights(state)), new
-        theta, eta, alpha = (self._gate(name, stream) for name in BIASES)
+        theta, eta, alpha = (self._gate(name, stream) for name in self.biases)
         out, states = ops.neural_memory(
             query,
             _unit(key),
