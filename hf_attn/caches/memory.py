@@ -45,8 +45,9 @@ class MemoryState(RecurrentState):
         self.counts = {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors to save (safetensors); counts are int64 scalars."""
-        return {**super().state_dict(), **{name: torch.tensor(n) for name, n in self.counts.items()}}
+        """Tensors to save (safetensors), none sharing memory with another; counts are int64 scalars."""
+        tensors = {name: t.clone() for name, t in super().state_dict().items()}
+        return tensors | {name: torch.tensor(n) for name, n in self.counts.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The reverse of `state_dict`; ValueError for sums in half precision."""

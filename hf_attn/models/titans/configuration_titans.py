@@ -68,13 +68,15 @@ class TitansConfig(ThinFileConfig, PreTrainedConfig):
     thin_classes: ClassVar[dict[str, str]] = {"AutoModel": "TitansModel", "AutoModelForCausalLM": "TitansForCausalLM"}
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # Not a `validate_...` method: those are wrapped in an error that is no ValueError.
         if self.memory_num_heads is None:
             self.memory_num_heads = max(self.hidden_size // 64, 1)
         if self.memory_inner_size is None:
             self.memory_inner_size = int(self.hidden_size // max(self.memory_num_heads, 1) * self.memory_expansion)
         super().__post_init__(**kwargs)
+        self.check_architecture()
 
-    def validate_architecture(self) -> None:
+    def check_architecture(self) -> None:
         """Raise ValueError for fields that do not fit together."""
         if self.variant not in VARIANTS:
             raise ValueError(

@@ -258,5 +258,5 @@ MIXERS = {"lmm": TitansMemoryMixer, "mag": TitansGateMixer, "mal": TitansLayerMi
 
 def titans_mixer(config: TitansConfig) -> TitansMixer:
     """The mixer of `config.variant`."""
-    config.validate_architecture()
+    config.check_architecture()
     return MIXERS[config.variant](config)

@@ -125,7 +125,7 @@ class TitansModel(TitansPreTrainedModel):
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__(config)
-        config.validate_architecture()
+        config.check_architecture()
         if config._attn_implementation not in (None, *IMPLEMENTATIONS):
             raise ValueError(
                 f"attn_implementation={config._attn_implementation!r} does not take the masks of Titans; use one of "

@@ -51,6 +51,6 @@ def forward(
         new = [keep_momentum * s - step * (a.mT @ d) for s, a, d in zip(momentum, inputs, deltas, strict=True)]
         weights = [torch.where(rows, (1 - forget) * w + s, w) for w, s in zip(weights, new, strict=True)]
         momentum = [torch.where(rows, s, last) for s, last in zip(new, momentum, strict=True)]
-        outs.append(read(q, old if before else weights) * rows)
+        outs.append(torch.where(rows, read(q, old if before else weights), 0))
         offset = offset + shown
     return torch.cat(outs, 2) if outs else torch.zeros_like(query), weights, momentum, anchor
