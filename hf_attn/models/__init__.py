@@ -64,6 +64,7 @@ FAMILIES = (
     Family("uoe_qwen3", _UOE, "UoeQwen3Config", "UoeQwen3Model", "UoeQwen3ForCausalLM"),
     Family("uoe_mistral", _UOE, "UoeMistralConfig", "UoeMistralModel", "UoeMistralForCausalLM"),
     Family("tnl", "hf_attn.models.tnl", "TnlConfig", "TnlModel", "TnlForCausalLM"),
+    Family("titans", "hf_attn.models.titans", "TitansConfig", "TitansModel", "TitansForCausalLM"),
     Family("moh_llama", _MOH, "MoHLlamaConfig", "MoHLlamaModel", "MoHLlamaForCausalLM"),
     Family("moh_qwen2", _MOH, "MoHQwen2Config", "MoHQwen2Model", "MoHQwen2ForCausalLM"),
     Family("moh_qwen3", _MOH, "MoHQwen3Config", "MoHQwen3Model", "MoHQwen3ForCausalLM"),

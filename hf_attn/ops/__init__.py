@@ -29,6 +29,7 @@ from hf_attn.ops.neighborhood import (  # noqa: E402
     neighborhood_attention,
     neighborhood_mask,
 )
+from hf_attn.ops.neural_memory import MemoryStates, memory_coefficients, neural_memory, read_memory  # noqa: E402
 from hf_attn.ops.paged import page_scores, page_statistics, paged_attention, select_pages  # noqa: E402
 from hf_attn.ops.pooled_routes import block_scores, select_pooled_routes  # noqa: E402
 from hf_attn.ops.pyramid import (  # noqa: E402
@@ -44,14 +45,12 @@ from hf_attn.ops.quantized import quantized_block_attention  # noqa: E402
 from hf_attn.ops.routed import key_block_major, routed_block_attention, select_routes  # noqa: E402
 from hf_attn.ops.selection import select_blocks  # noqa: E402
 from hf_attn.ops.selective import selective_attention  # noqa: E402
-<<<<<<< HEAD
 from hf_attn.ops.selective_scan import selective_scan  # noqa: E402
-=======
 from hf_attn.ops.spanned_window import spanned_window_attention  # noqa: E402
->>>>>>> work-bb2
 from hf_attn.ops.windowed import gated_streaming_attention, sink_window_attention  # noqa: E402
 
 __all__ = [
+    "MemoryStates",
     "antidiagonal_importance",
     "assign_levels",
     "bilevel_routing_attention",
@@ -73,6 +72,8 @@ __all__ = [
     "na_qk",
     "neighborhood_attention",
     "neighborhood_mask",
+    "memory_coefficients",
+    "neural_memory",
     "page_scores",
     "page_statistics",
     "paged_attention",
@@ -80,6 +81,7 @@ __all__ = [
     "pyramid_attention",
     "pyramid_pairs",
     "quantized_block_attention",
+    "read_memory",
     "reset_path_counts",
     "routed_block_attention",
     "select_blocks",
