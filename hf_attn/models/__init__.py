@@ -53,6 +53,13 @@ FAMILIES = (
     Family("moh_qwen2", _MOH, "MoHQwen2Config", "MoHQwen2Model", "MoHQwen2ForCausalLM"),
     Family("moh_qwen3", _MOH, "MoHQwen3Config", "MoHQwen3Model", "MoHQwen3ForCausalLM"),
     Family("moh_mistral", _MOH, "MoHMistralConfig", "MoHMistralModel", "MoHMistralForCausalLM"),
+    Family(
+        "moh_vit",
+        _MOH,
+        "MoHViTConfig",
+        "MoHViTModel",
+        heads=(("AutoModelForImageClassification", "MoHViTForImageClassification"),),
+    ),
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Positions of a span and spans of a larger one: short spans mask few pairs in vain, and leave the fused kernel few rows.
+# Positions of a span, spans of a larger one. Short spans mask few pairs in vain, but leave the fused kernel few rows.
 SPAN, SPANS = 128, 8
 # Gathered rows of a span that the fused kernel needs to be fast; spans are longer where heads are chosen rarely.
 ROWS = 192
@@ -228,7 +228,7 @@ def _lift(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _can_fuse(query: Tensor, value: Tensor) -> bool:
-    return _fused is not None and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+    return None not in (_fused, _fused_backward) and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
