@@ -83,6 +83,11 @@ FAMILIES = (
     _vision("emov2", "EMOv2"),
     _vision("overlock", "Overlock"),
     _vision("patnet", "PatNet"),
+        "moh_vit",
+        _MOH,
+        "MoHViTConfig",
+        "MoHViTModel",
+        heads=(("AutoModelForImageClassification", "MoHViTForImageClassification"),),
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).

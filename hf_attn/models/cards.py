@@ -18,6 +18,7 @@ _OURS = "<!-- written by hf-attn"
 _EMPTY = "[More Information Needed]"
 _NOT_STATED = "not stated"
 _COLUMNS = ("dense", "before", "after")
+_TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageClassification": "image-classification"}
 
 
 def set_card(model: Any, **facts: Any) -> None:
@@ -112,11 +113,18 @@ def _about(folder: Path) -> tuple[dict[str, Any], bool]:
                 "base_model": base["base_name"],
             }, True
         if values.get(RECORD):
-            return {**values[RECORD], "base_length": values.get("max_position_embeddings")}, False
+            also = {"base_length": values.get("max_position_embeddings"), "auto": _auto_class(values)}
+            return {**values[RECORD], **also}, False
     raise ValueError(
         f"{folder} holds no converted model (config.json with {RECORD!r}) and no adapter of one (hf_attn.json); write "
         "it with save_pretrained of a model made by hf_attn.convert, or with hf_attn.save_adapter"
     )
+
+
+def _auto_class(config: dict[str, Any]) -> str:
+    """The Auto class that loads a checkpoint, by what its `auto_map` says about its architecture."""
+    names = {name.rpartition(".")[2]: auto for auto, name in config.get("auto_map", {}).items()}
+    return names.get((config.get("architectures") or [""])[0], "AutoModelForCausalLM")
 
 
 def _fields(
@@ -128,15 +136,17 @@ def _fields(
     metrics = facts.get("metrics", {})
     options = "".join(f", {name}={value!r}" for name, value in about["options"].items())
     title = f"{(base or about['base_type']).rpartition('/')[2]}, {about['name']}"
+    auto = about.get("auto", "AutoModelForCausalLM")
+    task = _TASKS.get(auto) if about.get("base_length") or auto != "AutoModelForCausalLM" else None
     data = {
         "license": facts.get("license", "other"),
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation" if about.get("base_length") else None,
+        "pipeline_tag": task,
         "tags": ["hf-attn", about["name"]],
         "base_model": base,
         "base_model_relation": ("adapter" if adapter else "finetune") if base else None,
         "hf_attn": {"conversion": about["name"]},
-        **_results(title, metrics),
+        **_results(title, metrics, task or "text-generation"),
     }
     patterns, length = about["new_weights"], about.get("base_length")
     fields = {
@@ -149,7 +159,7 @@ def _fields(
         if patterns
         else "no new weights.",
         "new_weights": ", ".join(f"`{name}`" for name in patterns) or "none",
-        "usage": _usage(repo or "this-repository", base or "the-base-model", adapter),
+        "usage": _usage(repo or "this-repository", base or "the-base-model", adapter, auto),
         "metrics": _table(metrics),
         "trained": facts.get("trained", _NOT_STATED),
         "trained_on": facts.get("data", _NOT_STATED),
@@ -163,13 +173,10 @@ def _fields(
     return data, fields
 
 
-def _usage(repo: str, base: str, adapter: bool) -> str:
+def _usage(repo: str, base: str, adapter: bool, auto: str) -> str:
     if adapter:
         return f'import hf_attn\n\nmodel = hf_attn.load_adapter("{base}", "{repo}")'
-    return (
-        "import hf_attn\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{repo}")'
-    )
+    return f'import hf_attn\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("{repo}")'
 
 
 def _table(metrics: dict[str, dict[str, float]]) -> str:
@@ -185,15 +192,15 @@ def _table(metrics: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _results(title: str, metrics: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _results(title: str, metrics: dict[str, dict[str, float]], task: str) -> dict[str, Any]:
     """The last column of every metric as `model-index`."""
     from huggingface_hub import EvalResult
 
     last = {metric: next(row[name] for name in reversed(_COLUMNS) if name in row) for metric, row in metrics.items()}
     results = [
         EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
+            task_type=task,
+            dataset_type=task.partition("-")[0],
             dataset_name="held-out data, see the card",
             metric_type=metric.replace(" ", "_"),
             metric_name=metric,

@@ -83,10 +83,11 @@ class QueryNormRouter(nn.Module):
 
     def forward(self, query: Tensor) -> HeadRouting:
         """query `[B, N, H, D]`, before or after a rotary embedding."""
-        norm = query.float().square().sum(-1)
+        norm = torch.linalg.vector_norm(query, dim=-1, dtype=torch.float32)
         if self.group > 1:
-            norm = norm.unflatten(-1, (self.num_heads, self.group)).mean(-1)
-        norm = norm.clamp(min=torch.finfo(torch.float32).tiny).sqrt()[..., self.routed]
+            norm = norm.square().unflatten(-1, (self.num_heads, self.group)).mean(-1)
+            norm = norm.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        norm = norm[..., self.routed]
         if not self.routed:
             ones = torch.ones(*query.shape[:3], device=query.device)
             return HeadRouting(ones, ones.bool(), None, None)

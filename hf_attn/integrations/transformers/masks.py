@@ -48,6 +48,7 @@ COMPACT_OK = frozenset(
         "moh_mistral",
         "moh_qwen2",
         "moh_qwen3",
+        "moh_vit",
         "modernbert",
         "olmo",
         "olmo2",

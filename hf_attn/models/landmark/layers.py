@@ -22,6 +22,7 @@ from hf_attn.integrations.transformers.cache import cache_argument
 from hf_attn.integrations.transformers.landmark_cache import LandmarkCache
 from hf_attn.integrations.transformers.stats import stats_of
 from hf_attn.mechanisms._landmark import Chunk, Retrieval, Rotary, attend_chunk
+from hf_attn.models.checkpoint import CardOnPush
 from hf_attn.models.key_convolution import neighbours
 from hf_attn.models.landmark.configuration_landmark import check, chunk_tokens
 from hf_attn.models.landmark.insertion import Expanded, chunks, expand
@@ -95,7 +96,7 @@ class LandmarkAttention:
         return out
 
 
-class LandmarkModel:
+class LandmarkModel(CardOnPush):
     """The base model: sequences without landmarks in, their hidden states out."""
 
     attention_class: type
@@ -213,7 +214,7 @@ class LandmarkModel:
             )
 
 
-class LandmarkForCausalLM:
+class LandmarkForCausalLM(CardOnPush):
     """The language model around a base model with landmarks."""
 
     model_class: type

@@ -22,16 +22,26 @@ class LayerMoments:
     tokens: int = 0
 
 
+def attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention modules of a decoder or a ViT of transformers by name, in the order of their layers."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in ("self_attn", "attention") and hasattr(module, "o_proj")
+    }
+
+
 @torch.no_grad()
 def measure_heads(model: nn.Module, rows: Tensor, *, features: bool) -> list[LayerMoments]:
-    """Run `rows` int64 `[rows, N]` through a decoder of transformers; sums for every layer, in fp32.
+    """Run a decoder of transformers on token ids int64 `[rows, N]`, or a ViT on pixels `[rows, C, H, W]`.
+
+    Returns sums over the tokens for every layer, in fp32.
 
     The contribution of head i to a token is the length of what it adds, ||H_i W_O^i||. `features` also sums the moments
     of hidden states (and a constant) that `fit_router` needs: `(d + 1)^2` numbers a layer.
     """
-    attentions = [layer.self_attn for layer in model.model.layers]
     found, inputs, hooks = [], {}, []
-    for number, attention in enumerate(attentions):
+    for number, attention in enumerate(attentions(model).values()):
         weight = attention.o_proj.weight
         heads, width = weight.shape[1] // attention.head_dim, weight.shape[0]
         zeros = [weight.new_zeros(size, dtype=torch.float32) for size in ((heads,), (width + 1, width + 1))]
@@ -40,7 +50,8 @@ def measure_heads(model: nn.Module, rows: Tensor, *, features: bool) -> list[Lay
         hooks.append(attention.o_proj.register_forward_pre_hook(_add_moments(found[-1], inputs, number, features)))
     try:
         for row in rows.split(1):
-            model.model(row.to(model.device), use_cache=False)
+            row = row.to(model.device)
+            model.base_model(row) if row.is_floating_point() else model.base_model(row, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, ViTConfig
 
 from hf_attn.models.checkpoint import ThinFileConfig
 from hf_attn.nn.head_router import GRANULARITIES, SCALINGS, STE
@@ -71,7 +71,8 @@ def layer_heads(config: Any) -> list[tuple[list[int], int, int]]:
     for of_layer, k in zip(shared, top_k, strict=True):
         count = heads
         if groups:
-            of_layer, count = _whole_groups(of_layer, heads // config.num_key_value_heads), config.num_key_value_heads
+            count = getattr(config, "num_key_value_heads", heads)
+            of_layer = _whole_groups(of_layer, heads // count)
         k = (count - len(of_layer)) // 2 if k is None else k
         check_heads(of_layer, k, count, router=config.moh_router)
         found.append((sorted(of_layer), k, count))
@@ -124,3 +125,11 @@ class MoHMistralConfig(HeadRouterConfig, MistralConfig):
 
     model_type = "moh_mistral"
     thin_classes = {"AutoModel": "MoHMistralModel", "AutoModelForCausalLM": "MoHMistralForCausalLM"}
+
+
+@strict
+class MoHViTConfig(HeadRouterConfig, ViTConfig):
+    """ViT with Mixture-of-Head attention."""
+
+    model_type = "moh_vit"
+    thin_classes = {"AutoModel": "MoHViTModel", "AutoModelForImageClassification": "MoHViTForImageClassification"}

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_attn.models.conversion import Conversion, carried_over
-from hf_attn.models.moh.calibration import fit_router, largest_heads, measure_heads
+from hf_attn.models.moh.calibration import attentions, fit_router, largest_heads, measure_heads
 from hf_attn.models.moh.configuration_moh import layer_heads
 from hf_attn.ops.head_routed import check_heads
 
-_MODULE = "hf_attn.models.moh.modeling_moh"
+_MODULE, _VIT = "hf_attn.models.moh.modeling_moh", "hf_attn.models.moh.modeling_moh_vit"
 # Options that go into the config under another name.
 _FIELDS = ("router", "top_k", "aux_coef", "router_scaling", "aux_form", "ste", "router_granularity")
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 256
@@ -48,7 +48,7 @@ def configure_dit(base: dict[str, Any], model_class: type, options: dict[str, An
 def prepare(load: Callable[[], nn.Module], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Replace a number of shared heads by those that contribute most, and fit a learned router to the rest."""
     options = dict(options)
-    rows = options.pop("tokens", None)
+    rows, pixels = options.pop("tokens", None), options.pop("pixels", None)
     shared, learned = options.get("shared_heads"), options.get("router") == "learned"
     fit = learned and options.get("router_scaling", "quantized") == "quantized"
     if isinstance(shared, list) and not fit:
@@ -62,7 +62,13 @@ def prepare(load: Callable[[], nn.Module], options: dict[str, Any]) -> tuple[dic
         isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= heads
     ):
         raise ValueError(f"shared_heads must be a number from 0 to {heads} or a list of head indices, got {shared!r}")
-    moments = measure_heads(model, _rows(model, rows), features=fit)
+    if model.main_input_name == "pixel_values":
+        rows = _pixels(pixels, rows)
+    elif pixels is None:
+        rows = _rows(model, rows)
+    else:
+        raise ValueError(f"pixels is for a ViT; a {type(model).__name__} takes tokens=<token ids [rows, length]>")
+    moments = measure_heads(model, rows, features=fit)
     if not isinstance(shared, list):
         options["shared_heads"] = [largest_heads(found, count) for found in moments]
     if not fit:
@@ -70,10 +76,10 @@ def prepare(load: Callable[[], nn.Module], options: dict[str, Any]) -> tuple[dic
     per_layer = options["shared_heads"]
     per_layer = per_layer if per_layer and isinstance(per_layer[0], list) else [per_layer] * layers
     weights: dict[str, Tensor] = {}
-    for number, (found, of_layer) in enumerate(zip(moments, per_layer, strict=True)):
+    for attention, found, of_layer in zip(attentions(model), moments, per_layer, strict=True):
         routed = [head for head in range(heads) if head not in set(of_layer)]
         if routed and options.get("top_k") != 0:
-            name = f"model.layers.{number}.self_attn.router.wg"
+            name = f"{attention}.router.wg"
             weights[f"{name}.weight"], weights[f"{name}.bias"] = fit_router(found, routed)
     return options, weights
 
@@ -99,6 +105,16 @@ def _rows(model: nn.Module, rows: Any) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:count]).view(-1, CALIBRATION_LENGTH)
 
 
+def _pixels(pixels: Any, tokens: Any) -> Tensor:
+    """Images to calibrate a ViT on."""
+    if tokens is not None or not isinstance(pixels, Tensor) or pixels.dim() != 4 or not pixels.is_floating_point():
+        raise ValueError(
+            "a ViT is calibrated on images: pass pixels=<processed images [rows, channels, height, width]>, or the "
+            "query-norm router with shared_heads=[0, 1], which needs none"
+        )
+    return pixels
+
+
 def configure(
     base: PreTrainedConfig, config_class: type[PreTrainedConfig], options: dict[str, Any]
 ) -> PreTrainedConfig:
@@ -113,7 +129,7 @@ def configure(
     if unknown:
         raise ValueError(
             f"convert(..., 'moh') has no option {sorted(unknown)[0]!r}; options: shared_heads, "
-            f"{', '.join(_FIELDS)}, tokens, skip"
+            f"{', '.join(_FIELDS)}, tokens, pixels, skip"
         )
     config = config_class(**carried_over(base), **{f"moh_{name}": value for name, value in options.items()})
     layer_heads(config)
@@ -129,6 +145,7 @@ CONVERSION = Conversion(
         "qwen2": (_MODULE, "MoHQwen2ForCausalLM"),
         "qwen3": (_MODULE, "MoHQwen3ForCausalLM"),
         "mistral": (_MODULE, "MoHMistralForCausalLM"),
+        "vit": [(_VIT, "MoHViTForImageClassification"), (_VIT, "MoHViTModel")],
         "DiTTransformer2DModel": ("hf_attn.models.moh_dit", "MoHDiTTransformer2DModel"),
     },
     configure=configure,

@@ -34,6 +34,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCau
 from hf_attn import ops
 from hf_attn.caches.selected import SelectedTokens
 from hf_attn.integrations.transformers.selected import SelectedLayer
+from hf_attn.models.checkpoint import CardOnPush
 from hf_attn.models.key_convolution import add_key_mask, neighbours
 from hf_attn.models.uoe.configuration_uoe import (
     UoeConfig,
@@ -191,7 +192,7 @@ class UoeMLP(_Gated):
         return self.gate_proj, self.up_proj
 
 
-class UoeModel:
+class UoeModel(CardOnPush):
     """The base model: it builds the gates and tells every layer which tokens are real."""
 
     attention_class: type
@@ -262,7 +263,7 @@ class UoeModel:
         return ranks < first
 
 
-class UoeForCausalLM:
+class UoeForCausalLM(CardOnPush):
     """The language model; its loss holds the gates' load balance."""
 
     model_class: type

@@ -49,9 +49,13 @@ def head_routed_attention(
         chosen, keys = take(heads, s.batch, s.q), take(key, s.batch, s.k)
         dense = allow_dense and torch_path.prefers_dense(chosen, keys.shape[2])
         count("head_routed_attention", "torch: dense" if dense else "torch")
-        out[s.batch, :, s.q], lse[s.batch, :, s.q] = torch_path.forward(
-            take(query, s.batch, s.q), keys, take(value, s.batch, s.k), chosen, causal=causal, scale=scale, dense=dense
-        )
+        parts = take(out, s.batch, s.q), take(lse, s.batch, s.q)
+        torch_path.forward(
+            take(query, s.batch, s.q), keys, take(value, s.batch, s.k), chosen, *parts,
+            causal=causal, scale=scale, dense=dense,
+        )  # fmt: skip
+        if not isinstance(s.q, slice):  # rows taken by index are a copy
+            out[s.batch, :, s.q], lse[s.batch, :, s.q] = parts
     return out, lse
 
 
