@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25, help="of heads that stream")
     parser.add_argument("--sink", type=int, default=64)
     parser.add_argument("--local", type=int, default=256)
+    parser.add_argument("--only", default="", help="rows of the table whose name holds this text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -99,6 +100,8 @@ def main() -> None:
     print("| variant | found | by prompt |\n|---|---|---|", flush=True)
     options = variants(gates.tolist(), arguments.budget, arguments.share, arguments.sink, arguments.local)
     for name, chosen in {"dense": None, **options}.items():
+        if arguments.only not in name:
+            continue
         if chosen is not None:
             hf_attn.apply(model, "lserve", **chosen)
         hits = found(model, tokenizer, prompts)
