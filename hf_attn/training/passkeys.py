@@ -107,28 +107,43 @@ class DigitPasskeys:
     announcement, and the key again. A digit is the same token wherever it stands, so what comes next is known from the
     digits before it, or from how far the announcement is.
 
-    Ids: 0 padding, 1 landmark, 2 question, 3 what announces a key, 4 to 13 digits, then `filler` letters.
+    The easier task has `places`: a "7" in first place and in second place are two tokens, so that what to look for
+    follows from the last token alone, and the question is not announced again.
+
+    Ids: 0 padding, 1 landmark, 2 question, 3 what announces a key, from 4 on digits (10, or 10 for each of 5 places),
+    then `filler` letters.
 
     Args:
         filler: letters, >= 1.
         decoys: share of the filler that is digits of no key, in [0, 1): a block must be recognised by what announces
             the key, not by its holding digits.
+        places: whether a digit token carries its place in the key.
     """
 
     filler: int = 26
     decoys: float = 0.0
+    places: bool = False
 
     padding = 0
     landmark = 1
     question = 2
     announce = 3
     first_digit = 4
-    first_letter = 14
 
     def __post_init__(self) -> None:
         require_int("filler", self.filler, 1)
         if not 0 <= self.decoys < 1:
             raise ValueError(f"decoys must be a share in [0, 1), got {self.decoys}")
+
+    @property
+    def digits(self) -> int:
+        """Number of digit tokens."""
+        return 10 * KEY_DIGITS if self.places else 10
+
+    @property
+    def first_letter(self) -> int:
+        """The first id of the filler."""
+        return self.first_digit + self.digits
 
     @property
     def vocabulary(self) -> int:
@@ -143,8 +158,10 @@ class DigitPasskeys:
         `depth` in [0, 1] puts every key there; None draws it evenly. Raises ValueError when a row has no room.
         """
         answer = self.first_digit + draw_keys(count, generator, held_out)
+        if self.places:
+            answer = answer + 10 * torch.arange(KEY_DIGITS)
         needle = torch.cat([torch.full((count, 1), self.announce), answer], 1)
-        tail = torch.cat([torch.full((count, 1), self.question), needle], 1)
+        tail = torch.cat([torch.full((count, 1), self.question), answer if self.places else needle], 1)
         size = needle.shape[1]
         room = length - size - tail.shape[1]
         if room < 1:
@@ -178,7 +195,7 @@ class DigitPasskeys:
     def _tokens(self, count: int, length: int, digits: float, generator: torch.Generator) -> Tensor:
         """Letters, and a share of digits."""
         letters = self.first_letter + torch.randint(self.filler, (count, length), generator=generator)
-        drawn = self.first_digit + torch.randint(10, (count, length), generator=generator)
+        drawn = self.first_digit + torch.randint(self.digits, (count, length), generator=generator)
         return torch.where(torch.rand(count, length, generator=generator) < digits, drawn, letters)
 
 

@@ -64,31 +64,33 @@ def test_smoke_and_resume(tmp_path, monkeypatch, capsys):
 
 
 def test_every_option_has_a_comment():
-    for name in ("config.yaml", "smollm2.yaml"):
+    for name in ("config.yaml", "plain.yaml", "smollm2.yaml"):
         text = (RECIPES / "landmark" / name).read_text()
         for option in yaml.safe_load(text):
             line = next(line for line in text.splitlines() if line.startswith(f"{option}:"))
             assert "#" in line, f"{name}: {option}"
 
 
-def test_rows_hold_one_key_and_its_answer():
-    task, generator = DigitPasskeys(decoys=0.2), torch.Generator().manual_seed(0)
-    ids, labels = task.rows(300, 41, generator)
-    assert ids.shape == labels.shape == (300, 41)
+@pytest.mark.parametrize("places", [False, True])
+def test_rows_hold_one_key_and_its_answer(places):
+    task, generator = DigitPasskeys(decoys=0.2, places=places), torch.Generator().manual_seed(0)
+    tail = 6 if places else 7
+    ids, labels = task.rows(300, 34 + tail, generator)
+    assert ids.shape == labels.shape == (300, 34 + tail)
     assert bool((labels[:, :-5] == -100).all()) and torch.equal(ids[:, -5:], labels[:, -5:])
-    assert bool((ids[:, -7] == task.question).all()) and bool((ids[:, -6] == task.announce).all())
-    assert bool(((ids == task.announce).sum(1) == 2).all())
+    assert bool((ids[:, -tail] == task.question).all()) and bool(((ids == task.announce).sum(1) == tail - 5).all())
     place = (ids == task.announce).int().argmax(1)
     told = ids.gather(1, place[:, None] + torch.arange(1, 6))
     assert torch.equal(told, ids[:, -5:])
+    assert places == bool((ids[:, -1] >= task.first_digit + 40).all())
     # Depths are even: every quarter of the filler gets about a quarter of the keys.
     assert torch.histc(place.float(), 4, 0, 28).min() > 45
     digits = (ids >= task.first_digit) & (ids < task.first_letter)
     assert 0.1 < (digits.sum(1) - 10).float().mean() / 28 < 0.3
-    first, last = (task.rows(1, 41, generator, depth=depth)[0][0] for depth in (0.0, 1.0))
+    first, last = (task.rows(1, 34 + tail, generator, depth=depth)[0][0] for depth in (0.0, 1.0))
     assert first[0] == task.announce and last[28] == task.announce
-    with pytest.raises(ValueError, match="at least 14 tokens"):
-        task.rows(1, 13, generator)
+    with pytest.raises(ValueError, match=f"at least {7 + tail} tokens"):
+        task.rows(1, 6 + tail, generator)
     with pytest.raises(ValueError, match="decoys must be a share"):
         DigitPasskeys(decoys=1.0)
 
