@@ -133,6 +133,9 @@ def attend_chunk(
     """
     scale = scale * rotary.scaling**2
     store.hold(key, value, chunk, rotary)
+    if _is_step(store, chunk, options):
+        out = _step(query, key, value, store, chunk, rotary, options, scale)
+        return out, _counts(query.shape[1], chunk, store.blocks, options.top_k, options)
     place = chunk.once(store, "place", lambda: chunk.columns(store.open_lengths))
     out, lse = _local(query, key, value, store, chunk, place, rotary, options.block_size, scale)
     blocks = store.blocks
@@ -151,6 +154,61 @@ def attend_chunk(
         options.keep(ids.expand(-1, query.shape[1], query.shape[2], -1))
     out = _retrieved(out, lse, turned, ids, store, chunk, options.block_size, scale)
     return out, _counts(query.shape[1], chunk, blocks, options.top_k, options)
+
+
+def _is_step(store: Any, chunk: Chunk, options: Retrieval) -> bool:
+    """Whether every row brings one token into an open block of equal length behind equally many blocks."""
+    return (
+        chunk.width == 1
+        and chunk.even
+        and store.blocks[0] > 0
+        and len(set(store.blocks)) == len(set(store.open_lengths)) == 1
+        and store.open_lengths[0] + 1 < options.block_size
+        and options.selection == "per_token_and_head"
+        and not options.kv_group
+    )
+
+
+def _step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    store: Any,
+    chunk: Chunk,
+    rotary: Rotary,
+    options: Retrieval,
+    scale: float,
+) -> Tensor:
+    """The general way for the commonest call, in which nothing depends on the row: half as many operations."""
+    device, size = query.device, options.block_size
+    blocks, place = store.blocks[0], store.open_lengths[0]
+    taken = min(options.top_k, blocks)
+    old = blocks - taken
+
+    def tables() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+        # Distance 0 is the open block, then the nearest blocks, then the one place of all older ones.
+        queries = rotary.tables(place + size * torch.arange(taken + 2, device=device))
+        keys = rotary.tables(torch.arange(place + 1, device=device))
+        return queries, keys, taken + 1 - torch.arange(taken, device=device)
+
+    for_query, for_keys, slots = chunk.once(store, "step", tables)
+    turned = turn(query, for_query)
+    keys, values, _ = store.local(key, value, chunk)
+    out, lse = _softmax(turned[:, :, :1], turn(keys, for_keys), values, scale)
+    dtype = lse.dtype
+    landmarks = store.landmark_keys(blocks).to(dtype)
+    far = _grouped(turned[:, :, -1:].to(dtype), landmarks[:, :, :old])
+    near = turned[:, :, 1:-1].flip(2).reshape(query.shape[0], store.heads, -1, taken, query.shape[3])
+    near = (near.to(dtype) * landmarks[:, :, None, old:]).sum(-1).view(*query.shape[:2], 1, taken)
+    ids = _highest(torch.cat([far, near], -1) * scale, taken).sort(-1).values
+    if options.keep is not None:
+        options.keep(ids)
+    # One slot lies empty between the newest blocks and older ones.
+    distance = slots - (ids >= old).long()
+    queries = turned.gather(2, distance.view(*query.shape[:2], taken, 1).expand(-1, -1, -1, query.shape[3]))
+    valid = chunk.once(store, "valid", lambda: torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device))
+    fetched = store.fetch(ids, valid)
+    return _merge(out, lse, queries[:, :, None], *fetched, valid, scale)
 
 
 def select_blocks(
@@ -315,9 +373,9 @@ def _merge(
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:
     """`[B, Hq, M, D]`, `[B, Hkv, N, D]` -> scores `[B, Hq, M, N]`."""
-    folded = query.unflatten(1, (key.shape[1], -1))
-    rows = folded.flatten(2, 3) @ key.mT
-    return rows.unflatten(2, folded.shape[2:4]).flatten(1, 2)
+    batch, heads, width, dim = query.shape
+    rows = query.reshape(batch, key.shape[1], -1, dim) @ key.mT
+    return rows.view(batch, heads, width, -1)
 
 
 def _counts(heads: int, chunk: Chunk, blocks: list[int], top_k: int, options: Retrieval) -> dict[str, int]:

@@ -46,6 +46,7 @@ def route(
     score_scale: float = 1.0,
     real: Tensor | None = None,
     forced: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Routing:
     """Choose experts for tokens, and tokens for experts.
 
@@ -61,6 +62,7 @@ def route(
         score_eps, score_scale: epsilon and kappa of the score.
         real: bool `[B, N]`; other tokens are chosen by nobody.
         forced: bool `[B, N]`, tokens that every expert takes.
+        kept: bool `[B, n]`, the experts a whole sequence uses, at least `top_k` of them; the softmax is over these.
 
     Raises ValueError for values outside of these.
     """
@@ -70,11 +72,15 @@ def route(
         raise ValueError(f"top_k must be at most the number of experts ({count}), got {top_k}")
     require_one_of("selection", selection, SELECTIONS)
     require_one_of("score_norm", score_norm, SCORE_NORMS)
+    if kept is not None:
+        logits = logits.masked_fill(~kept[:, None], float("-inf"))
     probabilities = logits.softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
     best = probabilities.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, best, True)
     if forced is not None:
         chosen = chosen | forced[..., None]
+    if kept is not None:
+        chosen = chosen & kept[:, None]
     if real is not None:
         chosen = chosen & real[..., None]
     if selection == "token_choice":
@@ -139,6 +145,48 @@ def _scores(masked: Tensor, norm: str, eps: float, scale: float) -> Tensor:
     return masked / (masked.sum(0, keepdim=True) + eps) * int(scale * masked.shape[0])
 
 
+class SequenceGate(nn.Module):
+    """Which experts a whole sequence uses, by the mean of its tokens (in place of the original's fixed-length input).
+
+    Args:
+        width, num_experts: sizes.
+        kept: experts of a sequence, 1 to `num_experts`.
+    """
+
+    def __init__(self, width: int, num_experts: int, kept: int) -> None:
+        super().__init__()
+        require_int("expert_selection_top_k", kept, 1)
+        if kept > num_experts:
+            raise ValueError(f"expert_selection_top_k must be at most num_experts={num_experts}, got {kept}")
+        self.gate, self.kept = nn.Linear(width, num_experts), kept
+
+    def forward(self, hidden: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`[B, N, width]` -> bool `[B, n]`, and factors `[B, 1, n]` of the experts: 1, with the probability's gradient.
+
+        Ties go to the lower index. `real` bool `[B, N]`: other tokens count for nothing.
+        """
+        weights = hidden.new_ones(hidden.shape[:2]) if real is None else real.to(hidden.dtype)
+        mean = (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+        p = self.gate(mean).softmax(-1, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        best = p.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.kept]
+        return torch.zeros_like(p, dtype=torch.bool).scatter_(-1, best, True), (1 + p - p.detach())[:, None]
+
+
+def _decide(layer: nn.Module, hidden: Tensor, real: Tensor | None) -> tuple[Routing, Tensor]:
+    """Routing of a layer with its gate, and the experts' factors `[B, N, n]`."""
+    kept, learning = (None, None) if layer.sequence is None else layer.sequence(hidden, real)
+    routing = route(layer.gate(hidden), layer.top_k, real=real, kept=kept, **layer.routing)
+    eps, scale = (layer.routing.get(name, 1.0) for name in ("score_eps", "score_scale"))
+    weights = gate_weights(routing, layer.gate_mode, eps=eps, scale=scale)
+    return routing, weights if learning is None or layer.gate_mode == "none" else weights * learning
+
+
+def _sequence_gate(width: int, num_experts: int, top_k: int, kept: int | None) -> SequenceGate | None:
+    if kept is not None and kept < top_k:
+        raise ValueError(f"expert_selection_top_k={kept} leaves a token fewer experts than its top_k={top_k}")
+    return None if kept is None else SequenceGate(width, num_experts, kept)
+
+
 class UnionOfMlpExperts(nn.Module):
     """An MLP made of n experts with a gate, each with weights and biases of its own, stacked `[n, in, out]`.
 
@@ -146,6 +194,8 @@ class UnionOfMlpExperts(nn.Module):
         width, hidden: of the whole block; `hidden` is shared out evenly.
         num_experts, top_k: experts, and how many of them a token chooses.
         activation: "gelu" (exact), or "swiglu" with a third matrix.
+        expert_selection_top_k: experts a sequence keeps, by the mean of its tokens, before tokens choose among them;
+            looks at later tokens. None keeps all.
         gate_mode, selection, capacity, score_norm, score_eps, score_scale: see `route` and `gate_weights`.
     """
 
@@ -157,6 +207,7 @@ class UnionOfMlpExperts(nn.Module):
         top_k: int,
         *,
         activation: str = "gelu",
+        expert_selection_top_k: int | None = None,
         gate_mode: str = "none",
         **routing: object,
     ) -> None:
@@ -169,6 +220,7 @@ class UnionOfMlpExperts(nn.Module):
         self.top_k, self.activation, self.gate_mode, self.routing = top_k, activation, gate_mode, routing
         part = hidden // num_experts
         self.gate = nn.Linear(width, num_experts)
+        self.sequence = _sequence_gate(width, num_experts, top_k, expert_selection_top_k)
         self.w_up, self.b_up = _stack(num_experts, width, part)
         self.w_down, self.b_down = _stack(num_experts, part, width)
         if activation == "swiglu":
@@ -176,9 +228,7 @@ class UnionOfMlpExperts(nn.Module):
 
     def forward(self, hidden: Tensor, real: Tensor | None = None) -> tuple[Tensor, Routing]:
         """`[B, N, width]` -> the same shape, and the routing; tokens without an expert give 0."""
-        routing = route(self.gate(hidden), self.top_k, real=real, **self.routing)
-        eps, scale = (self.routing.get(name, 1.0) for name in ("score_eps", "score_scale"))
-        weights = gate_weights(routing, self.gate_mode, eps=eps, scale=scale)
+        routing, weights = _decide(self, hidden, real)
         out = torch.zeros_like(hidden).flatten(0, 1)
         flat, factors = hidden.flatten(0, 1), weights.flatten(0, 1).to(hidden.dtype)
         for expert, tokens in enumerate(routing.selected.flatten(0, 1).unbind(1)):
@@ -199,6 +249,8 @@ class SelectiveMultiHeadAttention(nn.Module):
         causal: whether a token sees only tokens up to itself.
         rope_theta: base of half-rotation rotary positions; None for none.
         positions: "original", or "compact": ranks among the chosen tokens, as in the released language model.
+        expert_selection_top_k: experts a sequence keeps, by the mean of its tokens, before tokens choose among them;
+            needs `causal=False`. None keeps all.
         gate_mode, selection, ...: see `route` and `gate_weights`. "expert_choice" needs `causal=False`.
     """
 
@@ -212,6 +264,7 @@ class SelectiveMultiHeadAttention(nn.Module):
         causal: bool = True,
         rope_theta: float | None = 10000.0,
         positions: str = "original",
+        expert_selection_top_k: int | None = None,
         gate_mode: str = "none",
         **routing: object,
     ) -> None:
@@ -221,9 +274,12 @@ class SelectiveMultiHeadAttention(nn.Module):
         require_one_of("gate_mode", gate_mode, GATE_MODES)
         if causal and routing.get("selection", "token_choice") != "token_choice":
             raise ValueError("selection='expert_choice' looks at later tokens; it needs causal=False")
+        if causal and expert_selection_top_k is not None:
+            raise ValueError("expert_selection_top_k looks at later tokens; it needs causal=False")
         self.top_k, self.causal, self.rope_theta, self.positions = top_k, causal, rope_theta, positions
         self.gate_mode, self.routing = gate_mode, routing
         self.gate = nn.Linear(width, num_experts)
+        self.sequence = _sequence_gate(width, num_experts, top_k, expert_selection_top_k)
         self.w_q, self.b_q = _stack(num_experts, width, head_dim)
         self.w_k, self.b_k = _stack(num_experts, width, head_dim)
         self.w_v, self.b_v = _stack(num_experts, width, head_dim)
@@ -231,7 +287,7 @@ class SelectiveMultiHeadAttention(nn.Module):
 
     def forward(self, hidden: Tensor, real: Tensor | None = None) -> tuple[Tensor, Routing]:
         """`[B, N, width]` -> the same shape, and the routing."""
-        routing = route(self.gate(hidden), self.top_k, real=real, **self.routing)
+        routing, weights = _decide(self, hidden, real)
         selected = routing.selected.transpose(1, 2)
         query, key, value = (
             torch.einsum("bnd,edk->benk", hidden, w) + b[None, :, None]
@@ -244,8 +300,7 @@ class SelectiveMultiHeadAttention(nn.Module):
                 places = torch.arange(hidden.shape[1], device=hidden.device).expand_as(selected)
             query, key = (rotate(t, places, self.rope_theta) for t in (query, key))
         out = ops.selective_attention(query, key, value, selected, causal=self.causal)
-        eps, scale = (self.routing.get(name, 1.0) for name in ("score_eps", "score_scale"))
-        weights = gate_weights(routing, self.gate_mode, eps=eps, scale=scale).to(hidden.dtype)
+        weights = weights.to(hidden.dtype)
         mixed = torch.einsum("benk,ekd,bne->bnd", out, self.w_o, weights)
         return mixed + weights @ self.b_o, routing
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_attn.checks import require_int
+from hf_attn.training.data import IGNORED
 
 RADIO_ALPHABET = (
     "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo "
@@ -102,32 +103,47 @@ def draw_keys(count: int, generator: torch.Generator, held_out: bool) -> Tensor:
 class DigitPasskeys:
     """Passkeys in a tiny vocabulary, for models trained from scratch in minutes.
 
-    A row is filler with one key in it, then the question and the key again. A digit token carries its place in the key
-    (a "7" in first place and in second place are two tokens), so that what to look for follows from the last token.
+    A row is filler with one key in it behind the token that announces keys; at its end stand a question, the same
+    announcement, and the key again. A digit is the same token wherever it stands, so what comes next is known from the
+    digits before it, or from how far the announcement is.
 
-    Ids: 0 padding, 1 landmark, 2 question, 3 what announces the key, 4 to 53 digits (10 for each of 5 places), then
-    `filler` letters.
+    The easier task has `places`: a "7" in first place and in second place are two tokens, so that what to look for
+    follows from the last token alone, and the question is not announced again.
+
+    Ids: 0 padding, 1 landmark, 2 question, 3 what announces a key, from 4 on digits (10, or 10 for each of 5 places),
+    then `filler` letters.
 
     Args:
         filler: letters, >= 1.
         decoys: share of the filler that is digits of no key, in [0, 1): a block must be recognised by what announces
             the key, not by its holding digits.
+        places: whether a digit token carries its place in the key.
     """
 
     filler: int = 26
     decoys: float = 0.0
+    places: bool = False
 
     padding = 0
     landmark = 1
     question = 2
     announce = 3
     first_digit = 4
-    first_letter = 4 + 10 * KEY_DIGITS
 
     def __post_init__(self) -> None:
         require_int("filler", self.filler, 1)
         if not 0 <= self.decoys < 1:
             raise ValueError(f"decoys must be a share in [0, 1), got {self.decoys}")
+
+    @property
+    def digits(self) -> int:
+        """Number of digit tokens."""
+        return 10 * KEY_DIGITS if self.places else 10
+
+    @property
+    def first_letter(self) -> int:
+        """The first id of the filler."""
+        return self.first_digit + self.digits
 
     @property
     def vocabulary(self) -> int:
@@ -137,21 +153,20 @@ class DigitPasskeys:
     def rows(
         self, count: int, length: int, generator: torch.Generator, *, held_out: bool = False, depth: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Rows int64 `[count, length]`, whose last five tokens are the answer, and that answer int64 `[count, 5]`.
+        """Rows int64 `[count, length]`, whose last five tokens are the answer, and labels for them, -100 elsewhere.
 
         `depth` in [0, 1] puts every key there; None draws it evenly. Raises ValueError when a row has no room.
         """
-        digits = draw_keys(count, generator, held_out)
-        answer = self.first_digit + 10 * torch.arange(KEY_DIGITS) + digits
+        answer = self.first_digit + draw_keys(count, generator, held_out)
+        if self.places:
+            answer = answer + 10 * torch.arange(KEY_DIGITS)
         needle = torch.cat([torch.full((count, 1), self.announce), answer], 1)
-        tail = torch.cat([torch.full((count, 1), self.question), answer], 1)
+        tail = torch.cat([torch.full((count, 1), self.question), answer if self.places else needle], 1)
         size = needle.shape[1]
-        room = length - 2 * size
+        room = length - size - tail.shape[1]
         if room < 1:
-            raise ValueError(f"a row needs at least {2 * size + 1} tokens, got length={length}")
-        letters = self.first_letter + torch.randint(self.filler, (count, room), generator=generator)
-        false_digits = self.first_digit + torch.randint(10 * KEY_DIGITS, (count, room), generator=generator)
-        letters = torch.where(torch.rand(count, room, generator=generator) < self.decoys, false_digits, letters)
+            raise ValueError(f"a row needs at least {length - room + 1} tokens, got length={length}")
+        letters = self._tokens(count, room, self.decoys, generator)
         place = torch.randint(room + 1, (count, 1), generator=generator)
         if depth is not None:
             place = torch.full((count, 1), round(depth * room))
@@ -159,7 +174,29 @@ class DigitPasskeys:
         ids = torch.zeros(count, length, dtype=torch.long)
         ids.scatter_(1, spots + (spots >= place) * size, letters).scatter_(1, place + torch.arange(size), needle)
         ids[:, room + size :] = tail
-        return ids, answer
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, -KEY_DIGITS:] = answer
+        return ids, labels
+
+    def repeats(self, count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows that repeat themselves, each with a period of its own, and labels where that says what comes next.
+
+        Letters and digits, half each. Copying what followed earlier is what an answer needs, and here every token
+        trains it. Periods are 6 to `length` - 6. Raises ValueError for rows below 12 tokens.
+        """
+        if length < 12:
+            raise ValueError(f"rows that repeat themselves need at least 12 tokens, got length={length}")
+        period = torch.randint(6, length - 5, (count, 1), generator=generator)
+        place = torch.arange(length)
+        ids = self._tokens(count, length, 0.5, generator).gather(1, place % period)
+        # The first token of a repeat could be anything, and one token before it is not enough to find the place.
+        return ids, torch.where(place >= period + 2, ids, IGNORED)
+
+    def _tokens(self, count: int, length: int, digits: float, generator: torch.Generator) -> Tensor:
+        """Letters, and a share of digits."""
+        letters = self.first_letter + torch.randint(self.filler, (count, length), generator=generator)
+        drawn = self.first_digit + torch.randint(self.digits, (count, length), generator=generator)
+        return torch.where(torch.rand(count, length, generator=generator) < digits, drawn, letters)
 
 
 _FILLER = (

@@ -25,7 +25,7 @@ import hf_attn
 from hf_attn.bench.models import load_language_model
 from hf_attn.training.data import IGNORED, blocks, reference_text
 from hf_attn.training.landmark import add_landmark_token, passkey_score
-from hf_attn.training.passkeys import DigitPasskeys, passkey_text
+from hf_attn.training.passkeys import KEY_DIGITS, DigitPasskeys, passkey_text
 
 HERE = Path(__file__).parent
 # Sizes that show within seconds that everything runs and the loss falls.
@@ -38,7 +38,10 @@ SMOKE = {
         "num_key_value_heads": 2,
     },
     "landmark": {"block_size": 8, "top_k": 2, "train_length": 32},
-    "stages": [{"length": 21, "steps": 20, "rows": 16}, {"length": 28, "steps": 10, "rows": 8}],
+    "stages": [
+        {"task": "repeats", "length": 21, "steps": 20, "rows": 16},
+        {"task": "passkeys", "length": 28, "steps": 10, "rows": 8},
+    ],
     "evaluation": {"prompts": 4, "times": [1, 4]},
     "training": {"learning_rate": 5e-3, "save_steps": 10, "warmup_steps": 2},
 }
@@ -46,18 +49,17 @@ VARIANTS = {"retrieval": None, "no blocks": "none", "random blocks": "random"}
 
 
 class Stages(IterableDataset):
-    """Batches of passkey rows, one a step, whose length grows with the stages; the same for the same seed."""
+    """Batches of rows, one a step, of the tasks and lengths of the stages; the same for the same seed."""
 
-    def __init__(self, task: DigitPasskeys, stages: list[dict[str, int]], seed: int) -> None:
+    def __init__(self, task: DigitPasskeys, stages: list[dict[str, Any]], seed: int) -> None:
         self.task, self.stages, self.seed = task, stages, seed
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
         for stage in self.stages:
             for _ in range(stage["steps"]):
-                ids, answers = self.task.rows(stage["rows"], stage["length"], generator)
-                labels = torch.full_like(ids, IGNORED)
-                labels[:, -answers.shape[1] :] = answers
+                make = self.task.repeats if stage["task"] == "repeats" else self.task.rows
+                ids, labels = make(stage["rows"], stage["length"], generator)
                 yield {"input_ids": ids, "labels": labels}
 
     @property
@@ -98,8 +100,8 @@ def train_small(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     length = options["stages"][-1]["length"]
     for times in evaluation["times"]:
         generator = torch.Generator().manual_seed(options["seed"] + 1)
-        ids, answers = task.rows(evaluation["prompts"], times * length, generator, held_out=True)
-        rows += compare(model, ids[:, : -answers.shape[1]], answers, times, evaluation)
+        ids, _ = task.rows(evaluation["prompts"], times * length, generator, held_out=True)
+        rows += compare(model, ids[:, :-KEY_DIGITS], ids[:, -KEY_DIGITS:], times, evaluation)
     return {"rows": rows}
 
 
@@ -149,6 +151,7 @@ def tune(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in reference_text()]
     train, held_out = (blocks(ids, length) for ids in texts)
     held_out = held_out[: options["evaluation"]["rows"]]
+    data = tuning_batches(train, tokenizer, options)
     set_seed(options["seed"])
     losses = {"dense": mean_loss(base, held_out)}
     model = hf_attn.convert(base, "landmark", token_id=token, **options["landmark"])
@@ -156,7 +159,8 @@ def tune(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     lora = LoraConfig(task_type="CAUSAL_LM", trainable_token_indices={"embed_tokens": [token]}, **options["lora"])
     adapted = get_peft_model(model, lora)
     adapted.print_trainable_parameters()
-    fit(adapted, train, None, options, folder, label_names=["labels"])
+    more = {"max_steps": len(data), "per_device_train_batch_size": 1, "label_names": ["labels"]}
+    fit(adapted, data, one_batch, options, folder, **more)
     losses["landmarks, trained"] = mean_loss(adapted, held_out)
     gap = losses["landmarks, untrained"] - losses["dense"]
     closed = (losses["landmarks, untrained"] - losses["landmarks, trained"]) / gap
@@ -171,6 +175,49 @@ def tune(options: dict[str, Any], folder: Path) -> dict[str, Any]:
             ids, answer = (torch.tensor([found]) for found in pair)
             rows += compare(merged, ids, answer, ids.shape[1] / length, options["evaluation"])
     return {"losses": losses, "gap_closed": closed, "rows": rows}
+
+
+def tuning_batches(
+    train: list[dict[str, torch.Tensor]], tokenizer: Any, options: dict[str, Any]
+) -> list[dict[str, torch.Tensor]]:
+    """Batches of text, and every `passkeys_every`-th of passkey prompts, of which the answer is trained; one a step."""
+    generator = torch.Generator().manual_seed(options["seed"])
+    order: list[int] = []
+    batches = []
+    for step in range(options["steps"]):
+        if options["passkeys_every"] and step % options["passkeys_every"] == 0:
+            rows = [passkey_row(tokenizer, options["length"], generator) for _ in range(options["rows"])]
+        else:
+            while len(order) < options["rows"]:
+                order += torch.randperm(len(train), generator=generator).tolist()
+            rows = [{**train[order.pop(0)]} for _ in range(options["rows"])]
+            for row in rows:
+                row["attention_mask"] = torch.ones_like(row["input_ids"])
+        batches.append({key: torch.stack([row[key] for row in rows]) for key in rows[0]})
+    return batches
+
+
+def passkey_row(tokenizer: Any, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A prompt with a key that evaluation never asks for, and its answer, padded at the right to `length` tokens."""
+
+    def encode(characters: int) -> tuple[list[int], list[int]]:
+        prompt, key = passkey_text(characters, generator)
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, " " + key))
+
+    bare, wide = (sum(map(len, encode(characters))) for characters in (0, 1000))
+    characters = int(1000 * (length - bare) / (wide - bare))
+    while True:
+        if characters < 0:
+            raise ValueError(f"length={length} has no room for a passkey prompt ({bare} tokens without filler)")
+        ids, answer = encode(characters)
+        spare = length - len(ids) - len(answer)
+        if spare >= 0:
+            break
+        characters -= 8
+    labels = [IGNORED] * len(ids) + answer + [IGNORED] * spare
+    row = {"input_ids": ids + answer + [0] * spare, "labels": labels}
+    row["attention_mask"] = [1] * (length - spare) + [0] * spare
+    return {name: torch.tensor(values) for name, values in row.items()}
 
 
 @torch.no_grad()

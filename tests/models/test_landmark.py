@@ -7,10 +7,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import hf_attn
+from hf_attn.caches.landmark import LandmarkStore
 from hf_attn.integrations.transformers.landmark_cache import LandmarkCache
+from hf_attn.mechanisms import _landmark
 from hf_attn.models.landmark.configuration_landmark import chunk_tokens
 from hf_attn.models.landmark.insertion import chunks
 from hf_attn.training.landmark import LandmarkCollator, insert_landmarks, shift_labels, strip_landmarks
+from tests.budget import assert_as_good_as_eager
 from tests.integrations.transformers.tiny import SIZES
 from tests.models.families import HOSTS, host, spread
 
@@ -129,6 +132,44 @@ def test_memory_of_the_cache():
         <= 1.5 * report["bytes"]["landmarks"] + 16 * layers * kv_heads * dim * 4 + report["bytes"]["open"]
     )
     assert report["largest_fetch"] <= 10 * 4 * 2 * size * 2 * dim * 4
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 9])
+@pytest.mark.parametrize("heads", [(3, 1), (4, 4), (9, 3)])
+def test_the_short_step_is_the_general_one(blocks, heads, monkeypatch):
+    """One new token a row: the same blocks, and an error against fp64 as small as the general way's."""
+    torch.manual_seed(0)
+    size, dim, value_dim, rows = 5, 8, 6, 2
+    rotary = _landmark.Rotary(1.0 / 100.0 ** (torch.arange(0, dim, 2) / dim), scaling=1.2)
+    kept: list[torch.Tensor] = []
+    options = _landmark.Retrieval(size, 3, keep=kept.append)
+    length = blocks * size + 2
+    key, value = torch.randn(rows, heads[1], length + 1, dim), torch.randn(rows, heads[1], length + 1, value_dim)
+    query = torch.randn(rows, heads[0], 1, dim)
+    assert _landmark._is_step(filled(key, value, size, rotary), one_token(rows), options)
+
+    def attend(dtype: torch.dtype) -> torch.Tensor:
+        states = [x.to(dtype) for x in (query, key, value)]
+        store = filled(*states[1:], size, rotary)
+        new = (states[1][:, :, -1:], states[2][:, :, -1:])
+        return _landmark.attend_chunk(states[0], *new, store, one_token(rows), rotary, options, scale=0.3)[0]
+
+    got = attend(torch.float32)
+    monkeypatch.setattr(_landmark, "_is_step", lambda *_: False)
+    assert_as_good_as_eager(got, attend(torch.float32), attend(torch.float64))
+    assert torch.equal(kept[0], kept[1])
+
+
+def one_token(rows: int) -> _landmark.Chunk:
+    return _landmark.Chunk([1] * rows, 1, "cpu")
+
+
+def filled(key: torch.Tensor, value: torch.Tensor, size: int, rotary: _landmark.Rotary) -> LandmarkStore:
+    """A store with all tokens but the last."""
+    store, length = LandmarkStore(size), key.shape[2] - 1
+    store.hold(key[:, :, :-1], value[:, :, :-1], _landmark.Chunk([length] * key.shape[0], length, "cpu"), rotary)
+    store.commit()
+    return store
 
 
 @torch.no_grad()

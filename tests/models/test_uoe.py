@@ -11,7 +11,13 @@ from hf_attn.integrations.transformers.cache import cache_argument
 from hf_attn.models.conversion import enable_checkpointing
 from hf_attn.models.uoe import UoeCache, UoeLlamaConfig, UoeLlamaForCausalLM, merge_to_dense, order_neurons
 from hf_attn.models.uoe.conversion import balanced_clusters
-from hf_attn.nn.experts import gate_weights, pool_patches, route
+from hf_attn.nn.experts import (
+    SelectiveMultiHeadAttention,
+    UnionOfMlpExperts,
+    gate_weights,
+    pool_patches,
+    route,
+)
 from tests.integrations.transformers.tiny import tokens
 from tests.models.families import HOSTS, host, spread
 
@@ -259,6 +265,34 @@ def test_routing_follows_its_definitions():
     assert pool_patches(x, 2, False)[0, :, 0].tolist() == [1, 5, 8]
 
 
+@pytest.mark.parametrize("mlp", [True, False])
+def test_a_sequence_keeps_some_experts(mlp):
+    """The kept ones are those of the mean of real tokens, others do nothing, and the sequence's gate learns."""
+    torch.manual_seed(0)
+    shared = {"expert_selection_top_k": 2, "gate_mode": "ste"}
+    layer = UnionOfMlpExperts(12, 24, 4, 1, **shared) if mlp else experts_of_heads(**shared)
+    x, real = torch.randn(3, 7, 12), torch.ones(3, 7, dtype=torch.bool)
+    real[1, 4:] = False
+    out, routing = layer(x, real)
+    used = routing.selected.any(1)
+    means = torch.stack([x[0].mean(0), x[1, :4].mean(0), x[2].mean(0)])
+    best = layer.sequence.gate(means).topk(2).indices
+    allowed = torch.zeros(3, 4, dtype=torch.bool).scatter_(1, best, True)
+    assert not bool((used & ~allowed).any()) and bool((routing.selected.sum(-1) == real).all())
+    assert torch.equal(routing.probabilities.sum(1) == 0, ~allowed)
+    alone, _ = layer(x[1:2, :4])
+    assert torch.allclose(out[1, :4], alone[0], atol=1e-6)
+    out.square().sum().backward()
+    assert float(layer.sequence.gate.weight.grad.abs().max()) > 0
+    everything = UnionOfMlpExperts(12, 24, 4, 1, expert_selection_top_k=4)
+    torch.manual_seed(1)
+    assert everything(x)[1].selected.sum() == 21
+
+
+def experts_of_heads(**options):
+    return SelectiveMultiHeadAttention(12, 4, 4, 1, causal=False, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -282,12 +316,16 @@ def test_bad_options_are_named(options, word):
 
 
 def test_layers_with_a_window_and_looking_ahead_are_refused():
-    from hf_attn.nn.experts import SelectiveMultiHeadAttention
-
     with pytest.raises(ValueError, match="sliding_window"):
         hf_attn.convert(host("mistral", sliding_window=8), "uoe", attn_top_k=1)
     with pytest.raises(ValueError, match="causal=False"):
         SelectiveMultiHeadAttention(16, 2, 8, 1, selection="expert_choice")
+    with pytest.raises(ValueError, match="expert_selection_top_k looks at later tokens"):
+        SelectiveMultiHeadAttention(16, 2, 8, 1, expert_selection_top_k=1)
+    with pytest.raises(ValueError, match="fewer experts than its top_k=2"):
+        UnionOfMlpExperts(16, 32, 4, 2, expert_selection_top_k=1)
+    with pytest.raises(ValueError, match="at most num_experts=4"):
+        UnionOfMlpExperts(16, 32, 4, 2, expert_selection_top_k=5)
     assert spread(UoeLlamaForCausalLM(UoeLlamaConfig(**_tiny(), uoe_attn_top_k=1))).config.attention_experts() == 2
 
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
+from hf_attn.bench.models import byte_tokenizer
 from hf_attn.training.landmark import add_landmark_token, check_landmark_token, passkey_score
 from hf_attn.training.passkeys import DigitPasskeys, draw_keys, key_is_held_out, passkey_text
 from tests.models.families import host
@@ -63,31 +64,68 @@ def test_smoke_and_resume(tmp_path, monkeypatch, capsys):
 
 
 def test_every_option_has_a_comment():
-    for name in ("config.yaml", "smollm2.yaml"):
+    for name in ("config.yaml", "plain.yaml", "smollm2.yaml"):
         text = (RECIPES / "landmark" / name).read_text()
         for option in yaml.safe_load(text):
             line = next(line for line in text.splitlines() if line.startswith(f"{option}:"))
             assert "#" in line, f"{name}: {option}"
 
 
-def test_rows_hold_one_key_and_its_answer():
-    task, generator = DigitPasskeys(decoys=0.2), torch.Generator().manual_seed(0)
-    ids, answers = task.rows(300, 40, generator)
-    assert ids.shape == (300, 40) and torch.equal(ids[:, -5:], answers)
-    assert bool((ids[:, -6] == task.question).all()) and bool(((ids == task.announce).sum(1) == 1).all())
+@pytest.mark.parametrize("places", [False, True])
+def test_rows_hold_one_key_and_its_answer(places):
+    task, generator = DigitPasskeys(decoys=0.2, places=places), torch.Generator().manual_seed(0)
+    tail = 6 if places else 7
+    ids, labels = task.rows(300, 34 + tail, generator)
+    assert ids.shape == labels.shape == (300, 34 + tail)
+    assert bool((labels[:, :-5] == -100).all()) and torch.equal(ids[:, -5:], labels[:, -5:])
+    assert bool((ids[:, -tail] == task.question).all()) and bool(((ids == task.announce).sum(1) == tail - 5).all())
     place = (ids == task.announce).int().argmax(1)
     told = ids.gather(1, place[:, None] + torch.arange(1, 6))
-    assert torch.equal(told, answers)
+    assert torch.equal(told, ids[:, -5:])
+    assert places == bool((ids[:, -1] >= task.first_digit + 40).all())
     # Depths are even: every quarter of the filler gets about a quarter of the keys.
     assert torch.histc(place.float(), 4, 0, 28).min() > 45
     digits = (ids >= task.first_digit) & (ids < task.first_letter)
     assert 0.1 < (digits.sum(1) - 10).float().mean() / 28 < 0.3
-    first, last = (task.rows(1, 40, generator, depth=depth)[0][0] for depth in (0.0, 1.0))
+    first, last = (task.rows(1, 34 + tail, generator, depth=depth)[0][0] for depth in (0.0, 1.0))
     assert first[0] == task.announce and last[28] == task.announce
-    with pytest.raises(ValueError, match="at least 13 tokens"):
-        task.rows(1, 12, generator)
+    with pytest.raises(ValueError, match=f"at least {7 + tail} tokens"):
+        task.rows(1, 6 + tail, generator)
     with pytest.raises(ValueError, match="decoys must be a share"):
         DigitPasskeys(decoys=1.0)
+
+
+def test_rows_that_repeat_themselves():
+    """What is trained is always said by what came before: the last place with the same two tokens before it."""
+    task, generator = DigitPasskeys(), torch.Generator().manual_seed(0)
+    ids, labels = task.repeats(200, 30, generator)
+    periods = set()
+    for row, wanted in zip(ids.tolist(), labels.tolist(), strict=True):
+        start = next(place for place, label in enumerate(wanted) if label != -100)
+        period = start - 2
+        periods.add(period)
+        assert wanted[start:] == row[start:] == row[2 : 30 - period]
+        assert set(wanted[:start]) == {-100}
+    assert periods == set(range(6, 25))
+    with pytest.raises(ValueError, match="at least 12 tokens"):
+        task.repeats(1, 11, generator)
+
+
+def test_rows_of_text_and_of_keys():
+    """Every other batch asks for keys that evaluation never does; nothing else of those rows is trained."""
+    module = script("landmark")
+    tokenizer = byte_tokenizer()
+    train = [{"input_ids": torch.full((400,), n), "labels": torch.full((400,), n)} for n in range(6)]
+    options = {"seed": 0, "length": 400, "rows": 2, "steps": 6, "passkeys_every": 2}
+    batches = module.tuning_batches(train, tokenizer, options)
+    assert len(batches) == 6 and all(batch["input_ids"].shape == (2, 400) for batch in batches)
+    assert sorted(int(row[0]) for batch in batches[1::2] for row in batch["input_ids"]) == list(range(6))
+    for batch in batches[::2]:
+        for ids, labels, mask in zip(*(batch[key] for key in ("input_ids", "labels", "attention_mask")), strict=True):
+            text = tokenizer.decode(ids[mask.bool()].tolist())
+            key = tokenizer.decode(labels[labels != -100].tolist()).strip()
+            assert text.endswith(f"The pass key is {key}") and not key_is_held_out(int(key))
+            assert 350 < int(mask.sum()) <= 400 and bool((labels[~mask.bool()] == -100).all())
 
 
 def test_held_out_keys_are_never_trained_on():
