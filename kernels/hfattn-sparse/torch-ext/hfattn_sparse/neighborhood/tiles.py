@@ -14,7 +14,7 @@ from .geometry import Window, group_bounds, group_lengths
 
 # Nanoseconds of one score, of copying one key and value and of one tile, as measured on a CPU core with AVX-512; their
 # ratios decide the tile.
-SCORE_COST, KEY_COST, TILE_COST, LOOP_COST = 1.6, 25.0, 500.0, 40_000.0
+SCORE_COST, KEY_COST, TILE_COST = 1.6, 20.0, 500.0
 # Tile sizes that are tried along an axis; on a GPU small ones only waste launches.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _CACHED = 64
@@ -22,13 +22,13 @@ _CACHED = 64
 
 @dataclass(frozen=True, eq=False)
 class AxisTiles:
-    """Tiles of one axis, in group-major order: the tokens of dilation group 0, then those of group 1, ...
+    """Tiles of one axis; each lies in one dilation group.
 
     Args:
         window: of the axis.
         size: queries per tile; halo: keys per tile.
-        start: first key of each tile in group-major order.
         query: positions on the axis of each tile's queries, int64 `[tiles, size]`; past a group's end the last repeats.
+        keys: positions of its halo, int64 `[tiles, halo]`.
         real: which of them count, bool `[tiles, size]`.
         kind: of each tile; tiles of one kind have the same mask.
         low, high, spot: first key, end of keys and own place of every query in its tile's halo, int64 `[kinds, size]`.
@@ -37,8 +37,8 @@ class AxisTiles:
     window: Window
     size: int
     halo: int
-    start: tuple[int, ...]
     query: Tensor
+    keys: Tensor
     real: Tensor
     kind: tuple[int, ...]
     low: Tensor
@@ -47,16 +47,7 @@ class AxisTiles:
 
     @property
     def count(self) -> int:
-        return len(self.start)
-
-    def order(self) -> Tensor:
-        """Axis positions in group-major order, int64 `[length]`."""
-        step = self.window.dilation
-        return torch.cat([torch.arange(g, self.window.length, step) for g in range(min(step, self.window.length))])
-
-    def keys(self) -> Tensor:
-        """Axis positions of each tile's halo, int64 `[tiles, halo]`."""
-        return self.order()[torch.tensor(self.start)[:, None] + torch.arange(self.halo)]
+        return len(self.query)
 
     def mask(self, kind: int) -> Tensor:
         """Bool `[size, halo]`: keys that the queries of a tile see."""
@@ -76,6 +67,7 @@ def axis_tiles(window: Window, size: int) -> AxisTiles:
             pieces.append((first, length, row, low[row], high[row], torch.arange(begin, begin + size) < length))
         first += length
     halo = max(int(high.max() - low.min()) for _, _, _, low, high, _ in pieces)
+    # Tokens group by group: in this order a halo is a stretch.
     order = torch.cat([torch.arange(g, window.length, window.dilation) for g in range(window.dilation)])
     start, kinds, kind, query = [], {}, [], []
     for first, length, row, low, high, _ in pieces:
@@ -88,10 +80,9 @@ def axis_tiles(window: Window, size: int) -> AxisTiles:
         query.append(order[first + row])
     tables = torch.tensor(list(kinds)).view(len(kinds), 3, size)
     real = torch.stack([piece[-1] for piece in pieces])
-    return AxisTiles(
-        window, size, halo, tuple(start), torch.stack(query), real, tuple(kind), tables[:, 0], tables[:, 1],
-        tables[:, 2],
-    )  # fmt: skip
+    keys = order[torch.tensor(start)[:, None] + torch.arange(halo)]
+    low, high, spot = tables.unbind(1)
+    return AxisTiles(window, size, halo, torch.stack(query), keys, real, tuple(kind), low, high, spot)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +91,19 @@ class Tiling:
 
     Args:
         axes: tiles of each axis.
-        queries: flat grid position of every query of every tile, int64 `[tiles, size]`, last axis fastest.
-        place: where each grid token sits among them, int64 `[N]`.
-        real: which of them count, bool `[tiles, size]`, or None when all do.
+        picks: tile of each axis that each tile is made of, int64 `[tiles, axes]`; tiles of one kind are neighbours.
+        runs: first tile, end and kinds (of each axis) of every stretch of tiles with one mask.
+        padded: some tiles hold padding.
     """
 
     axes: tuple[AxisTiles, ...]
-    queries: Tensor
-    place: Tensor
-    real: Tensor | None
+    picks: Tensor
+    runs: tuple[tuple[int, int, tuple[int, ...]], ...]
+    padded: bool
+
+    @property
+    def count(self) -> int:
+        return len(self.picks)
 
     @property
     def size(self) -> int:
@@ -118,24 +113,26 @@ class Tiling:
     def halo(self) -> int:
         return math.prod(axis.halo for axis in self.axes)
 
-    @property
-    def outer(self) -> int:
-        """Tiles over all axes but the last."""
-        return math.prod(axis.count for axis in self.axes[:-1])
+    def query_tokens(self, tiles: slice) -> Tensor:
+        """Flat grid positions of the queries, int64 `[tiles, size]`, last axis fastest; padding repeats a query."""
+        return self._flat(tiles, [axis.query for axis in self.axes])
 
-    @property
-    def last(self) -> AxisTiles:
-        return self.axes[-1]
+    def key_tokens(self, tiles: slice) -> Tensor:
+        """Flat grid positions of the halo, int64 `[tiles, halo]`."""
+        return self._flat(tiles, [axis.keys for axis in self.axes])
 
-    def strip_positions(self) -> Tensor:
-        """Flat grid positions `[tiles of the last axis, other axes, halo of the last axis]`.
+    def real(self, tiles: slice) -> Tensor:
+        """Queries that are no padding, bool `[tiles, size]`."""
+        real = torch.ones(1, 1, dtype=torch.bool)
+        for dim, axis in enumerate(self.axes):
+            real = (real[:, :, None] & axis.real[self.picks[tiles, dim]][:, None]).flatten(1)
+        return real
 
-        The other axes are in group-major order, so a tile's halo along them is a slice.
-        """
-        flat = torch.zeros(1, dtype=torch.int64)
-        for axis in self.axes[:-1]:
-            flat = (flat[:, None] * axis.window.length + axis.order()).flatten()
-        return flat[None, :, None] * self.last.window.length + self.last.keys()[:, None]
+    def _flat(self, tiles: slice, tables: list[Tensor]) -> Tensor:
+        flat = torch.zeros(1, 1, dtype=torch.int64)
+        for dim, (axis, table) in enumerate(zip(self.axes, tables, strict=True)):
+            flat = (flat[:, :, None] * axis.window.length + table[self.picks[tiles, dim]][:, None]).flatten(1)
+        return flat
 
     def mask(self, kinds: tuple[int, ...]) -> Tensor:
         """Bool `[size, halo]` for tiles of these kinds along the axes."""
@@ -164,25 +161,6 @@ class Tiling:
             real = (real[:, None, :, None] & here[None, :, None, :]).flatten(2).flatten(0, 1)
         return places.where(real, 0), real
 
-    def outer_tiles(self) -> list[tuple[tuple[int, ...], tuple[slice, ...]]]:
-        """Kinds and halo slices (group-major) over all axes but the last, one entry a tile."""
-        axes = [list(zip(axis.kind, axis.start, strict=True)) for axis in self.axes[:-1]]
-        halos = [axis.halo for axis in self.axes[:-1]]
-        found = []
-        for tile in itertools.product(*axes):
-            slices = tuple(slice(start, start + halo) for (_, start), halo in zip(tile, halos, strict=True))
-            found.append((tuple(kind for kind, _ in tile), slices))
-        return found
-
-    def runs(self) -> list[tuple[int, int, int]]:
-        """Stretches of tiles of one kind along the last axis: first, end, kind."""
-        runs, first = [], 0
-        for kind, group in itertools.groupby(self.last.kind):
-            end = first + len(list(group))
-            runs.append((first, end, kind))
-            first = end
-        return runs
-
 
 @lru_cache(_CACHED)
 def tiling(windows: tuple[Window, ...], sizes: tuple[int, ...]) -> Tiling:
@@ -190,26 +168,34 @@ def tiling(windows: tuple[Window, ...], sizes: tuple[int, ...]) -> Tiling:
     # What is kept must not be an inference tensor: later calls may need gradients.
     with torch.inference_mode(False):
         axes = tuple(axis_tiles(window, size) for window, size in zip(windows, sizes, strict=True))
-        queries, real = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
-        for axis in axes:
-            queries = queries[:, None, :, None] * axis.window.length + axis.query[None, :, None, :]
-            real = real[:, None, :, None] & axis.real[None, :, None, :]
-            queries, real = queries.flatten(2).flatten(0, 1), real.flatten(2).flatten(0, 1)
-        place = torch.empty(math.prod(w.length for w in windows), dtype=torch.int64)
-        place[queries[real]] = torch.arange(queries.numel()).view(queries.shape)[real]
-        return Tiling(axes, queries, place, None if bool(real.all()) else real)
+        picks = torch.cartesian_prod(*(torch.arange(axis.count) for axis in axes)).view(-1, len(axes))
+        number = torch.zeros(len(picks), dtype=torch.int64)
+        for dim, axis in enumerate(axes):
+            number = number * len(axis.low) + torch.tensor(axis.kind)[picks[:, dim]]
+        order = number.argsort(stable=True)
+        picks, number = picks[order], number[order]
+        kinds, lengths = number.unique_consecutive(return_counts=True)
+        ends = lengths.cumsum(0)
+        runs = []
+        for kind, begin, end in zip(kinds.tolist(), (ends - lengths).tolist(), ends.tolist(), strict=True):
+            of_axes = []
+            for axis in reversed(axes):
+                kind, of_axis = divmod(kind, len(axis.low))
+                of_axes.append(of_axis)
+            runs.append((begin, end, tuple(reversed(of_axes))))
+        return Tiling(axes, picks, tuple(runs), not all(bool(axis.real.all()) for axis in axes))
 
 
 @lru_cache(_CACHED)
-def choose_sizes(windows: tuple[Window, ...], rows: int) -> tuple[int, ...]:
-    """Queries per tile along each axis that cost least by the model above; `rows`: batch times KV heads."""
+def choose_sizes(windows: tuple[Window, ...]) -> tuple[int, ...]:
+    """Queries per tile along each axis that cost least by the model above."""
     options = [[_shape(window, size) for size in _sizes(window)] for window in windows]
 
     def cost(shapes: tuple[tuple[int, int, int], ...]) -> float:
         sizes, halos, counts = zip(*shapes, strict=True)
         size, halo, count = math.prod(sizes), math.prod(halos), math.prod(counts)
         tile = size * halo * SCORE_COST + halo * KEY_COST + TILE_COST
-        return rows * count * tile + math.prod(counts[:-1]) * LOOP_COST
+        return count * tile
 
     return tuple(shape[0] for shape in min(itertools.product(*options), key=cost))
 

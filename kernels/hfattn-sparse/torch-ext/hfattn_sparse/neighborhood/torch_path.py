@@ -6,11 +6,13 @@ no key list for each query, is ever formed. The backward computes the weights ag
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from .geometry import Window
-from .torch_tiles import Chunk, TiledGrid, finite, mix, transposed
+from .torch_tiles import Chunk, TiledGrid, finite, mix, mix_transposed
 
 
 def forward(
@@ -28,29 +30,25 @@ def forward(
 
     Values that are not finite become NaN in the rows that see them and nothing in others.
     """
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    lse = query.new_empty((*query.shape[:3], 1) if want_lse else 0, dtype=_wide(query))
     if not query.numel():
-        out = query.new_zeros(*query.shape[:3], value.shape[3])
-        return out, query.new_zeros(query.shape[:3] if want_lse else 0, dtype=_wide(query))
+        return out, lse.flatten(2) if want_lse else lse
     grid = _grid(query, key, windows)
-    weights_of = _Weights(grid, query, key, value, rpb, key_mask, scale)
-    values, more_values = grid.strips(value), grid.beside(value)
-    shape = weights_of.queries.shape[:5]
-    out = torch.empty(*shape, value.shape[3], dtype=grid.dtype, device=query.device)
-    lse = torch.empty(*shape, dtype=grid.dtype, device=query.device) if want_lse else None
-    for chunk in grid.chunks():
-        scores, hidden = weights_of.scores(chunk)
-        top = scores.amax(-1) if want_lse else None
+    weights_of = _Weights(grid, rpb, key_mask, scale, careful=not finite(query, key, value))
+    for b, chunk in itertools.product(range(len(query)), grid.chunks()):
+        queries, keys = grid.take_queries("queries", query[b], chunk), grid.take_keys("keys", key[b], chunk)
+        scores, hidden = weights_of.scores(b, chunk, queries, keys)
+        top = scores.amax(-1, keepdim=True) if want_lse else None
         weights = weights_of.softmax(scores, hidden)
-        mixed = mix(weights, grid.halo(values, more_values, chunk), hidden)
-        out[chunk.outer][chunk.rows] = mixed.unflatten(0, chunk.shape)
-        if want_lse:
+        mixed = grid.room("mixed", grid.queries, value.shape[3], chunk)
+        mix(weights, grid.take_keys("values", value[b], chunk), hidden, mixed)
+        grid.put_queries(out[b], chunk, mixed)
+        if top is not None:
             # The largest weight is exp(top - lse); a row without keys has none.
-            found = torch.where(top == float("-inf"), top, top - weights.amax(-1).log())
-            lse[chunk.outer][chunk.rows] = found.unflatten(0, chunk.shape)
-    result = grid.from_tiles(out).to(query.dtype)
-    if not want_lse:
-        return result, query.new_empty(0, dtype=grid.dtype)
-    return result, grid.from_tiles(lse)
+            found = torch.where(top == float("-inf"), top, top - weights.amax(-1, keepdim=True).log())
+            grid.put_queries(lse[b], chunk, found)
+    return out, lse.squeeze(3) if want_lse else lse
 
 
 def backward(
@@ -66,134 +64,100 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and rpb."""
+    grads = [torch.zeros(x.shape, dtype=_wide(query), device=query.device) for x in (query, key, value)]
     if not query.numel():
-        return *(torch.zeros_like(x) for x in (query, key, value)), None if rpb is None else torch.zeros_like(rpb)
+        return *(x.to(query.dtype) for x in grads), None if rpb is None else torch.zeros_like(rpb)
     grid = _grid(query, key, windows)
-    weights_of = _Weights(grid, query, key, value, rpb, key_mask, scale, grad_out)
-    values, more_values = grid.strips(value), grid.beside(value)
-    upstream = grid.to_tiles(grad_out)
-    of_lse = None if grad_lse is None else grid.to_tiles(grad_lse)
-    real = grid.real_queries()
-    if real is not None:
-        # The padding of a tile repeats a query, which must not count twice.
-        upstream = upstream * real
-        of_lse = None if of_lse is None else of_lse * real[..., 0]
-    grad_query = torch.empty_like(weights_of.queries)
-    grad_keys, grad_values = torch.zeros_like(weights_of.keys), torch.zeros_like(values)
-    more = [None if x is None else torch.zeros_like(x) for x in (weights_of.more_keys, more_values)]
+    careful = not finite(query, key, value, grad_out)
+    weights_of = _Weights(grid, rpb, key_mask, scale, careful=careful)
     bias = None if rpb is None else _BiasGradient(grid, rpb)
-    for chunk in grid.chunks():
-        scores, hidden = weights_of.scores(chunk)
+    for b, chunk in itertools.product(range(len(query)), grid.chunks()):
+        queries = grid.take_queries("queries", query[b], chunk)
+        keys, values = grid.take_keys("keys", key[b], chunk), grid.take_keys("values", value[b], chunk)
+        scores, hidden = weights_of.scores(b, chunk, queries, keys)
         weights = weights_of.softmax(scores, hidden)
-        queries, keys = weights_of.tensors
-        incoming = upstream[chunk.outer][chunk.rows].flatten(0, 2)
-        held = grid.halo(values, more_values, chunk)
-        grid.add_to_strips(grad_values, more[1], chunk, mix(weights.mT, incoming, transposed(hidden)))
-        grad_weights = incoming @ held.mT
-        if hidden is not None:
-            grad_weights.masked_fill_(hidden, 0)
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        if of_lse is not None:
-            grad_scores.addcmul_(weights, of_lse[chunk.outer][chunk.rows].flatten(0, 2)[..., None])
+        # The padding of a tile repeats a query, which must not count twice.
+        upstream = grid.clear_padding(grid.take_queries("upstream", grad_out[b], chunk), chunk)
+        grad_values = grid.room("grad_values", grid.keys, value.shape[3], chunk)
+        grid.add_keys(grads[2][b], chunk, mix_transposed(weights, upstream, hidden, grad_values))
+        grad_scores = torch.bmm(upstream, values.mT, out=grid.scores("grad_scores", chunk))
         if hidden is not None:
             grad_scores.masked_fill_(hidden, 0)
-        grad_query[chunk.outer][chunk.rows] = mix(grad_scores, keys, hidden).unflatten(0, chunk.shape)
-        grid.add_to_strips(grad_keys, more[0], chunk, mix(grad_scores.mT, queries, transposed(hidden)))
+        torch._softmax_backward_data(grad_scores, weights, -1, weights.dtype, grad_input=grad_scores)
+        if grad_lse is not None:
+            of_lse = grid.take_queries("of_lse", grad_lse[b][..., None], chunk)
+            grad_scores.addcmul_(weights, grid.clear_padding(of_lse, chunk))
+        if hidden is not None:
+            grad_scores.masked_fill_(hidden, 0)
+        grad_queries = grid.room("grad_queries", grid.queries, query.shape[3], chunk)
+        grid.add_queries(grads[0][b], chunk, mix(grad_scores, keys, hidden, grad_queries))
+        grad_keys = grid.room("grad_keys", grid.keys, query.shape[3], chunk)
+        grid.add_keys(grads[1][b], chunk, mix_transposed(grad_scores, queries, hidden, grad_keys))
         if bias is not None:
             bias.add(chunk, grad_scores)
-    return (
-        grid.from_tiles(grad_query.mul_(scale)).to(query.dtype),
-        grid.fold(grad_keys, more[0]).to(key.dtype),
-        grid.fold(grad_values, more[1]).to(value.dtype),
-        None if bias is None else bias.total.to(rpb.dtype),
-    )
+    for grad in grads[:2]:
+        grad.mul_(scale)
+    return *(x.to(query.dtype) for x in grads), None if bias is None else bias.total.to(rpb.dtype)
 
 
 class _Weights:
-    """Scores of one call, a chunk of tiles at a time."""
+    """Scores of one call, a chunk of tiles at a time.
+
+    careful: keys that are not finite must not reach, by 0 * inf, rows that do not see them.
+    """
 
     def __init__(
-        self,
-        grid: TiledGrid,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        key_mask: Tensor | None,
-        scale: float,
-        *more: Tensor,
+        self, grid: TiledGrid, rpb: Tensor | None, key_mask: Tensor | None, scale: float, *, careful: bool
     ) -> None:
-        self.grid = grid
-        # A key that is not finite must not reach, by 0 * inf, rows that do not see it.
-        self.careful = not finite(query, key, value, *more)
-        self.queries = grid.to_tiles(query).mul_(scale)
-        self.keys, self.more_keys = grid.strips(key), grid.beside(key)
+        self.grid, self.scale, self.careful = grid, scale, careful
         self.rpb = None if rpb is None else rpb.detach().to(grid.dtype).flatten(1).unflatten(0, (grid.heads, -1))
-        self.key_hidden, self.more_hidden = None, None
+        self.key_bias = None
         if key_mask is not None:
-            hidden = torch.zeros(key_mask.shape, dtype=grid.dtype, device=key_mask.device)
-            hidden = hidden.masked_fill_(~key_mask, float("-inf"))[..., None, None]
-            self.key_hidden, self.more_hidden = grid.strips(hidden), grid.beside(hidden)
+            bias = torch.zeros(key_mask.shape, dtype=grid.dtype, device=grid.device)
+            self.key_bias = bias.masked_fill_(~key_mask, float("-inf"))
         self._biases: dict[tuple[int, ...], Tensor | None] = {}
-        self.tensors: tuple[Tensor, Tensor]
 
-    def scores(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-        """Masked scores `[rows, group * size, halo + M]`, and in careful calls what is hidden (bool, same shape).
-
-        Leaves the chunk's queries and keys in `tensors`.
-        """
+    def scores(self, b: int, chunk: Chunk, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Masked scores `[rows, group * size, halo + M]`, and in careful calls what is hidden (bool, same shape)."""
         grid = self.grid
-        queries = self.queries[chunk.outer][chunk.rows].flatten(0, 2)
-        keys = grid.halo(self.keys, self.more_keys, chunk)
-        self.tensors = queries, keys
-        scores = queries @ keys.mT
-        parts = scores.view(*chunk.shape, grid.group, grid.tiles.size, grid.keys)
-        for run, kinds in grid.runs(chunk):
-            bias = self._bias(kinds)
-            if bias is not None:
-                parts[:, :, run] += bias if self.rpb is None else bias[chunk.heads]
+        scores = grid.scores("scores", chunk)
+        parts = grid.parts(scores, chunk)
+        biases = [(run, self._bias(kinds)) for run, kinds in grid.runs(chunk)]
+        biased = any(bias is not None for _, bias in biases)
+        for run, bias in biases if biased else ():
+            parts[run] = 0 if bias is None else bias if self.rpb is None else bias[chunk.heads]
+        torch.baddbmm(scores, queries, keys.mT, beta=int(biased), alpha=self.scale, out=scores)
         of_keys = None
-        if self.key_hidden is not None:
-            of_keys = self._of_keys(chunk)
+        if self.key_bias is not None:
+            of_keys = self.key_bias[b][chunk.mask_rows][:, None, None, None]
             parts += of_keys
-        return scores, self._hidden(chunk, scores, of_keys) if self.careful else None
+        if not self.careful:
+            return scores, None
+        hidden = grid.chunk_hidden(chunk)
+        if of_keys is not None:
+            hidden_parts = grid.parts(hidden, chunk)
+            hidden_parts |= of_keys < 0
+        return scores.masked_fill_(hidden, float("-inf")), hidden
 
     def softmax(self, scores: Tensor, hidden: Tensor | None) -> Tensor:
-        """Weights of every row; rows without keys get none, and in careful calls hidden keys of broken rows neither."""
-        weights = scores.softmax(-1)
+        """Weights of every row, in the place of the scores; rows without keys get none, and in careful calls hidden
+        keys of broken rows neither."""
+        empty = None if self.key_bias is None else scores.amax(-1, keepdim=True) == float("-inf")
+        weights = torch.softmax(scores, -1, out=scores)
         if hidden is not None:
             weights.masked_fill_(hidden, 0)
-        if self.key_hidden is not None:
-            weights.masked_fill_(scores.amax(-1, keepdim=True) == float("-inf"), 0)
-        return weights
+        return weights if empty is None else weights.masked_fill_(empty, 0)
 
     def _bias(self, kinds: tuple[int, ...]) -> Tensor | None:
-        """Mask and relative bias `[size, halo + M]`, with rpb `[Hkv, 1, group, size, halo + M]`."""
+        """Mask and relative bias `[size, halo + M]`, with rpb `[Hkv, group, size, halo + M]`."""
         if kinds not in self._biases:
             bias = self.grid.mask_bias(kinds)
             if self.rpb is not None:
                 places = self.grid.tiles.bias_places(kinds).to(self.grid.device)
                 table = torch.nn.functional.pad(self.rpb[:, :, places], (0, self.grid.extra))
-                bias = (table if bias is None else table + bias)[:, None]
+                bias = table if bias is None else table + bias
             self._biases[kinds] = bias
         return self._biases[kinds]
-
-    def _of_keys(self, chunk: Chunk) -> Tensor:
-        """-inf for hidden keys, `[batch, 1, tiles, 1, 1, halo + M]`."""
-        one_head = Chunk(chunk.outer, chunk.kinds, chunk.halo, chunk.batch, slice(0, 1), chunk.tiles)
-        rows = self.grid.halo(self.key_hidden, self.more_hidden, one_head)[..., 0]
-        return rows.unflatten(0, one_head.shape)[:, :, :, None, None]
-
-    def _hidden(self, chunk: Chunk, scores: Tensor, of_keys: Tensor | None) -> Tensor:
-        grid = self.grid
-        hidden = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-        parts = hidden.view(*chunk.shape, grid.group, grid.tiles.size, grid.keys)
-        for run, kinds in grid.runs(chunk):
-            parts[:, :, run] = grid.hidden(kinds)
-        if of_keys is not None:
-            parts |= of_keys < 0
-        scores.masked_fill_(hidden, float("-inf"))
-        return hidden
 
 
 class _BiasGradient:
@@ -207,18 +171,18 @@ class _BiasGradient:
 
     def add(self, chunk: Chunk, grad_scores: Tensor) -> None:
         grid = self.grid
-        parts = grad_scores.view(*chunk.shape, grid.group, grid.tiles.size, grid.keys)[..., : grid.tiles.halo]
+        parts = grid.parts(grad_scores, chunk)[..., : grid.tiles.halo]
         for run, kinds in grid.runs(chunk):
             if kinds not in self._places:
                 self._places[kinds] = grid.tiles.bias_places(kinds).to(grid.device).flatten()
             # Masked pairs have no gradient, so the entry they name gets none.
-            self._flat[chunk.heads].index_add_(2, self._places[kinds], parts[:, :, run].sum((0, 2)).flatten(2))
+            self._flat[chunk.heads].index_add_(2, self._places[kinds], parts[run].sum(0).flatten(2))
 
 
 def _grid(query: Tensor, key: Tensor, windows: tuple[Window, ...]) -> TiledGrid:
-    batch, tokens, heads = query.shape[:3]
+    tokens, heads = query.shape[1:3]
     group = heads // key.shape[2]
-    return TiledGrid(windows, batch, key.shape[2], group, key.shape[1] - tokens, query.device, _wide(query))
+    return TiledGrid(windows, key.shape[2], group, key.shape[1] - tokens, query.device, _wide(query))
 
 
 def _wide(query: Tensor) -> torch.dtype:

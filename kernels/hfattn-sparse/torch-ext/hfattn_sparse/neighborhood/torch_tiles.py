@@ -1,7 +1,8 @@
-"""Tensors of a grid in tiles and halos, and back: what the torch paths share."""
+"""Rows of tensors in tiles of queries and halos of keys, a chunk of tiles at a time: what the torch paths share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,56 +10,67 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..routed.workspace import Workspace
 from .geometry import Window
 from .tiles import Tiling, choose_sizes, tiling
 
 # Scores that are formed at a time: what stays in a core's cache, and what fills a GPU.
-CPU_SCORES, GPU_SCORES = 1 << 18, 1 << 25
+CPU_SCORES, GPU_SCORES = 1 << 17, 1 << 25
 # Masks of at most this many entries are kept from call to call.
 KEPT_MASK = 1 << 16
+# Lists of rows of at most this many entries likewise.
+KEPT_ROWS = 1 << 19
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
-    """Tiles computed together: tile `outer` of the leading axes, ranges of batch, heads and last-axis tiles."""
+    """Tiles of one batch row computed together, for a range of KV heads, with the rows they read.
 
-    outer: int
-    kinds: tuple[int, ...]
-    halo: tuple[slice, ...]
-    batch: slice
-    heads: slice
+    Args:
+        query_rows: rows of a query tensor `[N, Hq, ...]` seen as `[N * Hq, ...]`, flat from `[tiles, heads, group,
+            size]`.
+        key_rows: rows of a key tensor seen as `[(N + M) * Hkv, ...]`, flat from `[tiles, heads, halo + M]`.
+        mask_rows: entries of a mask `[N + M]`, as `[tiles, halo + M]`.
+    """
+
     tiles: slice
+    heads: slice
+    query_rows: Tensor
+    key_rows: Tensor
+    mask_rows: Tensor
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Batch rows, heads and last-axis tiles."""
-        return tuple(s.stop - s.start for s in (self.batch, self.heads, self.tiles))
+    def shape(self) -> tuple[int, int]:
+        """Tiles and heads."""
+        return self.tiles.stop - self.tiles.start, self.heads.stop - self.heads.start
 
     @property
-    def rows(self) -> tuple[slice, slice, slice]:
-        return self.batch, self.heads, self.tiles
+    def count(self) -> int:
+        """Tiles times heads."""
+        return math.prod(self.shape)
 
 
 @dataclass(eq=False)
 class TiledGrid:
-    """One call's tiling with its sizes; moves tensors between the grid, tiles of queries and strips of keys.
+    """One call's tiling with its sizes.
 
     Args:
-        windows: of each axis; batch; heads: KV heads; group: query heads of each; extra: keys off the grid, which every
+        windows: of each axis; heads: KV heads; group: query heads of each; extra: keys off the grid, which every
             query sees; device; dtype: of the computation.
     """
 
     windows: tuple[Window, ...]
-    batch: int
     heads: int
     group: int
     extra: int
     device: torch.device
     dtype: torch.dtype
     tiles: Tiling = field(init=False)
+    scratch: Workspace = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tiles = tiling(self.windows, choose_sizes(self.windows, max(self.batch * self.heads, 1)))
+        self.tiles = tiling(self.windows, choose_sizes(self.windows))
+        self.scratch = Workspace(self.device)
 
     @property
     def queries(self) -> int:
@@ -71,117 +83,70 @@ class TiledGrid:
         return self.tiles.halo + self.extra
 
     def chunks(self) -> Iterator[Chunk]:
-        """All tiles, so many at a time that the scores stay within bounds."""
+        """All tiles of a batch row, so many at a time that the scores stay within bounds."""
         most = CPU_SCORES if self.device.type == "cpu" else GPU_SCORES
         fit = max(most // max(self.queries * self.keys, 1), 1)
-        last = self.tiles.last.count
-        tiles, heads = min(fit, last), min(max(fit // last, 1), self.heads)
-        batch = min(max(fit // (last * self.heads), 1), max(self.batch, 1))
-        for outer, (kinds, halo) in enumerate(self.tiles.outer_tiles()):
-            for b in _ranges(self.batch, batch):
-                for h in _ranges(self.heads, heads):
-                    for t in _ranges(last, tiles):
-                        yield Chunk(outer, kinds, halo, b, h, t)
+        cut = self.tiles, self.heads, self.group, self.extra, self.device, min(fit, self.heads), fit
+        rows = self.tiles.count * self.heads * (self.queries + self.keys)
+        return iter(_kept_chunks(*cut)) if rows <= KEPT_ROWS else _chunks(*cut)
 
     def runs(self, chunk: Chunk) -> Iterator[tuple[slice, tuple[int, ...]]]:
-        """Tiles of the chunk that share one mask, and their kinds."""
+        """Tiles of the chunk, from its first, that share one mask, and their kinds."""
         first, stop = chunk.tiles.start, chunk.tiles.stop
-        for begin, end, kind in self.tiles.runs():
-            begin, end = max(begin, first), min(end, stop)
-            if begin < end:
-                yield slice(begin - first, end - first), (*chunk.kinds, kind)
+        for begin, end, kinds in self.tiles.runs:
+            if begin < stop and end > first:
+                yield slice(max(begin, first) - first, min(end, stop) - first), kinds
 
-    # -- queries ---------------------------------------------------------------------------------------------------
+    def parts(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """A tensor `[rows, group * size, C]` as `[tiles, heads, group, size, C]`."""
+        return x.view(*chunk.shape, self.group, self.tiles.size, -1)
 
-    def to_tiles(self, x: Tensor) -> Tensor:
-        """`[B, N, Hq, ...]` -> `[outer, B, Hkv, tiles, group * size, ...]` in the dtype of the computation."""
-        rows = self._query_rows()
-        moved = x.reshape(rows.numel() and self.batch * x.shape[1] * x.shape[2], -1).index_select(0, rows.flatten())
-        return moved.to(self.dtype).view(*rows.shape[:4], self.queries, *x.shape[3:])
+    def scores(self, name: str, chunk: Chunk) -> Tensor:
+        """Scratch memory `[rows, group * size, halo + M]` for the scores of a chunk."""
+        return self.scratch.take(name, (chunk.count, self.queries, self.keys), self.dtype)
 
-    def from_tiles(self, x: Tensor) -> Tensor:
-        """The inverse of `to_tiles`."""
-        last, size = self.tiles.last.count, self.tiles.size
-        place = self.tiles.place.to(self.device)[:, None, None]
-        outer, tile, spot = place // (last * size), place // size % last, place % size
-        head = torch.arange(self.heads, device=self.device)[:, None]
-        member = torch.arange(self.group, device=self.device)
-        batch = torch.arange(self.batch, device=self.device)[:, None, None, None]
-        rows = ((outer * self.batch + batch) * self.heads + head) * last + tile
-        rows = rows * self.queries + member * size + spot
-        moved = x.reshape(-1, x[0, 0, 0, 0, 0].numel()).index_select(0, rows.flatten())
-        return moved.view(self.batch, -1, self.heads * self.group, *x.shape[5:])
+    # -- rows in and out -------------------------------------------------------------------------------------------
 
-    def real_queries(self) -> Tensor | None:
-        """1 where a query counts, 0 in padding, `[outer, 1, 1, tiles, group * size, 1]`; None: all count."""
-        real = self.tiles.real
-        if real is None:
-            return None
-        real = real.view(self.tiles.outer, 1, 1, -1, 1, self.tiles.size).expand(-1, -1, -1, -1, self.group, -1)
-        return real.flatten(4)[..., None].to(self.device, self.dtype)
+    def take_queries(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
+        """`[rows, group * size, C]` of a batch row `[N, Hq, C]`, in the scratch memory of this name."""
+        return self._take(name, x, chunk.query_rows, chunk.count)
 
-    def _query_rows(self) -> Tensor:
-        tokens = self.tiles.queries.to(self.device).view(self.tiles.outer, 1, 1, -1, 1, self.tiles.size)
-        head = torch.arange(self.heads, device=self.device).view(-1, 1, 1, 1)
-        member = torch.arange(self.group, device=self.device).view(-1, 1)
-        batch = torch.arange(self.batch, device=self.device).view(-1, 1, 1, 1, 1) * self.tiles.place.numel()
-        return (tokens + batch) * (self.heads * self.group) + head * self.group + member
+    def take_keys(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
+        """`[rows, halo + M, C]` of a batch row `[N + M, Hkv, C]`."""
+        return self._take(name, x, chunk.key_rows, chunk.count)
 
-    # -- keys ------------------------------------------------------------------------------------------------------
+    def _take(self, name: str, x: Tensor, rows: Tensor, count: int) -> Tensor:
+        got = self.scratch.take(name, (rows.numel(), x.shape[-1]), x.dtype)
+        torch.index_select(x.reshape(-1, x.shape[-1]), 0, rows, out=got)
+        if x.dtype != self.dtype:
+            got = self.scratch.take(name, got.shape, self.dtype).copy_(got)
+        return got.view(count, -1, x.shape[-1])
 
-    def strips(self, x: Tensor) -> Tensor:
-        """`[B, N + M, Hkv, C]` -> `[B, Hkv, tiles, other axes ..., halo of the last axis, C]`: the last axis cut into
-        overlapping halos, the others in group-major order."""
-        position = self.tiles.strip_positions().to(self.device)
-        head = torch.arange(x.shape[2], device=self.device).view(-1, 1, 1, 1)
-        batch = torch.arange(self.batch, device=self.device).view(-1, 1, 1, 1, 1) * x.shape[1]
-        rows = (position + batch) * x.shape[2] + head
-        moved = x.reshape(-1, x.shape[3]).index_select(0, rows.flatten()).to(self.dtype)
-        return moved.view(*rows.shape[:3], *self._outer_lengths(), self.tiles.last.halo, x.shape[3])
+    def room(self, name: str, rows: int, size: int, chunk: Chunk) -> Tensor:
+        """Scratch memory `[rows of the chunk, rows, size]`."""
+        return self.scratch.take(name, (chunk.count, rows, size), self.dtype)
 
-    def beside(self, x: Tensor) -> Tensor | None:
-        """The extra keys `[B, Hkv, M, C]`, or None."""
-        if not self.extra:
-            return None
-        return x[:, x.shape[1] - self.extra :].transpose(1, 2).to(self.dtype)
+    def put_queries(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
+        """Write `[rows, group * size, C]` to their places in a contiguous `[N, Hq, C]`.
 
-    def halo(self, strips: Tensor, beside: Tensor | None, chunk: Chunk) -> Tensor:
-        """Keys of the chunk's tiles, `[rows, halo + M, C]`; a view where the grid has at most two axes."""
-        batch, heads, tiles = chunk.shape
-        keys = self.halo_view(strips, chunk).reshape(batch * heads * tiles, self.tiles.halo, strips.shape[-1])
-        if beside is None:
-            return keys
-        extra = beside[chunk.batch, chunk.heads, None].expand(-1, -1, tiles, -1, -1)
-        return torch.cat([keys, extra.reshape(len(keys), self.extra, -1)], 1)
+        The padding of a tile repeats a query, so it writes the same again.
+        """
+        x.view(-1, x.shape[-1]).index_copy_(0, chunk.query_rows, rows.view(-1, x.shape[-1]).to(x.dtype))
 
-    def halo_view(self, strips: Tensor, chunk: Chunk) -> Tensor:
-        """The same without extra keys, `[batch, heads, tiles, halo of each axis ..., C]`, always a view."""
-        return strips[(*chunk.rows, *chunk.halo)]
+    def add_queries(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
+        """Add them; padding must hold zeros."""
+        x.view(-1, x.shape[-1]).index_add_(0, chunk.query_rows, rows.view(-1, x.shape[-1]))
 
-    def add_to_strips(self, strips: Tensor, beside: Tensor | None, chunk: Chunk, grad: Tensor) -> None:
-        """Add `[rows, halo + M, C]` where `halo` read it."""
-        view = self.halo_view(strips, chunk)
-        view += grad[:, : self.tiles.halo].reshape(view.shape)
-        if beside is not None:
-            parts = grad[:, self.tiles.halo :].unflatten(0, chunk.shape)
-            beside[chunk.batch, chunk.heads] += parts.sum(2)
+    def add_keys(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
+        """Add `[rows, halo + M, C]` to a contiguous `[N + M, Hkv, C]`."""
+        x.view(-1, x.shape[-1]).index_add_(0, chunk.key_rows, rows.view(-1, x.shape[-1]))
 
-    def fold(self, strips: Tensor, beside: Tensor | None) -> Tensor:
-        """Sum of what overlapping strips hold for each key, `[B, N + M, Hkv, C]`: the adjoint of `strips`."""
-        last = self.tiles.last
-        size = strips.shape[-1]
-        lengths = self._outer_lengths()
-        total = strips.new_zeros(self.batch, strips.shape[1], *lengths, last.window.length, size)
-        for tile, start in enumerate(last.start):
-            total[..., start : start + last.halo, :] += strips[:, :, tile]
-        for dim, axis in enumerate(self.tiles.axes, start=2):
-            if axis.window.dilation > 1:
-                total = total.index_select(dim, axis.order().argsort().to(self.device))
-        total = total.flatten(2, -2)
-        return (total if beside is None else torch.cat([total, beside], 2)).transpose(1, 2)
-
-    def _outer_lengths(self) -> tuple[int, ...]:
-        return tuple(axis.window.length for axis in self.tiles.axes[:-1])
+    def clear_padding(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """`[rows, group * size, C]` with zeros in the padding of tiles, in place."""
+        if self.tiles.padded:
+            padding = ~self.tiles.real(chunk.tiles).to(self.device)
+            self.parts(x, chunk).masked_fill_(padding[:, None, None, :, None], 0)
+        return x
 
     # -- masks -----------------------------------------------------------------------------------------------------
 
@@ -189,6 +154,15 @@ class TiledGrid:
         """Keys that the queries of a tile do not see, bool `[size, halo + M]`."""
         mask = ~self.tiles.mask(kinds).to(self.device)
         return torch.nn.functional.pad(mask, (0, self.extra)) if self.extra else mask
+
+    def chunk_hidden(self, chunk: Chunk) -> Tensor:
+        """The same for every row, bool `[rows, group * size, halo + M]`."""
+        shape = (chunk.count, self.queries, self.keys)
+        hidden = torch.empty(shape, dtype=torch.bool, device=self.device)
+        parts = self.parts(hidden, chunk)
+        for run, kinds in self.runs(chunk):
+            parts[run] = self.hidden(kinds)
+        return hidden
 
     def mask_bias(self, kinds: tuple[int, ...]) -> Tensor | None:
         """-inf where hidden, else 0, `[size, halo + M]`; None where nothing is hidden."""
@@ -202,22 +176,46 @@ def finite(*tensors: Tensor) -> bool:
     return all(bool(x.sum().isfinite()) for x in tensors)
 
 
-def mix(weights: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
-    """weights @ values. With `hidden` (bool, as weights), values that are not finite give NaN where a row does not hide
-    them and nothing elsewhere."""
+def mix(weights: Tensor, values: Tensor, hidden: Tensor | None, into: Tensor) -> Tensor:
+    """Batched weights @ values, written to `into`. With `hidden` (bool, as weights), values that are not finite give
+    NaN where a row does not hide them and nothing elsewhere."""
     if hidden is None:
-        return weights @ values
+        return torch.bmm(weights, values, out=into)
     sees = (~hidden).to(weights.dtype) @ (~values.isfinite()).to(weights.dtype)
-    return (weights @ values.nan_to_num(0, 0, 0)).masked_fill_(sees > 0, float("nan"))
+    product = torch.bmm(weights, values.nan_to_num(0, 0, 0), out=into)
+    return product.masked_fill_(sees > 0, float("nan"))
 
 
-def transposed(hidden: Tensor | None) -> Tensor | None:
-    """Seen from the keys."""
-    return None if hidden is None else hidden.mT
+def mix_transposed(weights: Tensor, rows: Tensor, hidden: Tensor | None, into: Tensor) -> Tensor:
+    """weights^T @ rows in the same way."""
+    return mix(weights.mT, rows, None if hidden is None else hidden.mT, into)
 
 
 def _ranges(length: int, step: int) -> list[slice]:
     return [slice(begin, min(begin + step, length)) for begin in range(0, length, step)]
+
+
+def _chunks(
+    tiles: Tiling, heads: int, group: int, extra: int, device: torch.device, heads_fit: int, fit: int
+) -> Iterator[Chunk]:
+    total = math.prod(axis.window.length for axis in tiles.axes)
+    members = torch.arange(group, device=device)[:, None]
+    more = torch.arange(total, total + extra, device=device)
+    for t in _ranges(tiles.count, max(fit // heads_fit, 1)):
+        query_tokens, key_tokens = tiles.query_tokens(t).to(device), tiles.key_tokens(t).to(device)
+        if extra:
+            key_tokens = torch.cat([key_tokens, more.expand(len(key_tokens), -1)], 1)
+        for h in _ranges(heads, heads_fit):
+            numbers = torch.arange(h.start, h.stop, device=device)[:, None]
+            query_rows = query_tokens[:, None, None] * (heads * group) + (numbers[..., None] * group + members)
+            key_rows = key_tokens[:, None] * heads + numbers
+            yield Chunk(t, h, query_rows.flatten(), key_rows.flatten(), key_tokens)
+
+
+@lru_cache(16)
+def _kept_chunks(*cut) -> tuple[Chunk, ...]:
+    with torch.inference_mode(False):
+        return tuple(_chunks(*cut))
 
 
 def _mask_bias(

@@ -2,123 +2,106 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 
 from .geometry import Window
-from .torch_tiles import Chunk, TiledGrid, finite, mix, transposed
+from .torch_tiles import Chunk, TiledGrid, finite, mix, mix_transposed
 
 
 def scores(query: Tensor, key: Tensor, rpb: Tensor | None, *, windows: tuple[Window, ...]) -> Tensor:
     """Arguments and result of `reference.scores`."""
     grid = _Slots(query, windows)
-    if not query.numel():
-        return query.new_zeros(*query.shape[:3], grid.slots)
-    queries, keys = grid.to_tiles(query.transpose(1, 2)), grid.strips(key.transpose(1, 2))
-    table = None if rpb is None else rpb.to(grid.dtype).flatten(1)
-    out = torch.empty(*queries.shape[:5], grid.slots, dtype=grid.dtype, device=query.device)
-    for chunk in grid.chunks():
-        dense = queries[chunk.outer][chunk.rows].flatten(0, 2) @ grid.halo(keys, None, chunk).mT
-        picked = grid.gather(dense, chunk)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    out = query.new_empty(*query.shape[:3], grid.slots)
+    table = None if rpb is None else rpb.to(grid.dtype).flatten(1)[:, None]
+    for b, chunk in itertools.product(range(len(query)), grid.chunks()):
+        queries, keys = grid.take_queries("queries", query[b], chunk), grid.take_keys("keys", key[b], chunk)
+        picked = grid.gather(torch.bmm(queries, keys.mT, out=grid.scores("scores", chunk)), chunk)
         for run, kinds in grid.runs(chunk):
             if table is not None:
-                picked[:, :, run] += table[chunk.heads, grid.slot_bias_places(kinds)][:, None]
-            picked[:, :, run].masked_fill_(~grid.slot_table(kinds)[1], float("-inf"))
-        out[chunk.outer][chunk.rows] = picked
-    return grid.from_tiles(out).transpose(1, 2).to(query.dtype)
+                picked[run] += table[chunk.heads][..., grid.slot_bias_places(kinds)]
+            picked[run].masked_fill_(~grid.slot_table(kinds)[1], float("-inf"))
+        grid.put_queries(out[b], chunk, picked)
+    return out.transpose(1, 2)
 
 
 def scores_backward(
     grad: Tensor, query: Tensor, key: Tensor, rpb: Tensor | None, *, windows: tuple[Window, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query, key and rpb for `scores`."""
-    if not query.numel():
-        return torch.zeros_like(query), torch.zeros_like(key), None if rpb is None else torch.zeros_like(rpb)
     grid = _Slots(query, windows)
     careful = not finite(grad, query, key)
-    queries, keys = grid.to_tiles(query.transpose(1, 2)), grid.strips(key.transpose(1, 2))
-    upstream = grid.to_real_tiles(grad.transpose(1, 2))
-    grad_query, grad_keys = torch.empty_like(queries), torch.zeros_like(keys)
+    grad, query, key = (x.transpose(1, 2) for x in (grad, query, key))
+    grads = [torch.zeros(query.shape, dtype=grid.dtype, device=query.device) for _ in range(2)]
     grad_table = None if rpb is None else torch.zeros_like(rpb, dtype=grid.dtype).flatten(1)
-    for chunk in grid.chunks():
-        incoming = upstream[chunk.outer][chunk.rows]
-        dense = grid.scatter(incoming, chunk)
-        hidden = grid.chunk_hidden(dense, chunk) if careful else None
-        grad_query[chunk.outer][chunk.rows] = mix(dense, grid.halo(keys, None, chunk), hidden).unflatten(0, chunk.shape)
-        part = queries[chunk.outer][chunk.rows].flatten(0, 2)
-        grid.add_to_strips(grad_keys, None, chunk, mix(dense.mT, part, transposed(hidden)))
+    for b, chunk in itertools.product(range(len(query)), grid.chunks()):
+        queries, keys = grid.take_queries("queries", query[b], chunk), grid.take_keys("keys", key[b], chunk)
+        upstream = grid.clear_padding(grid.take_queries("upstream", grad[b], chunk), chunk)
+        dense = grid.scatter(upstream, chunk)
+        hidden = grid.chunk_hidden(chunk) if careful else None
+        size = query.shape[3]
+        grid.add_queries(grads[0][b], chunk, mix(dense, keys, hidden, grid.room("dq", grid.queries, size, chunk)))
+        grad_keys = mix_transposed(dense, queries, hidden, grid.room("dk", grid.keys, size, chunk))
+        grid.add_keys(grads[1][b], chunk, grad_keys)
         if grad_table is None:
             continue
+        parts = grid.parts(upstream, chunk)
         for run, kinds in grid.runs(chunk):
-            per_slot = incoming[:, :, run].masked_fill(~grid.slot_table(kinds)[1], 0).sum((0, 2)).flatten(1)
+            per_slot = parts[run].masked_fill(~grid.slot_table(kinds)[1], 0).sum(0).flatten(1)
             grad_table[chunk.heads].index_add_(1, grid.slot_bias_places(kinds).flatten(), per_slot)
-    return (
-        grid.from_tiles(grad_query).transpose(1, 2).to(query.dtype),
-        grid.fold(grad_keys, None).transpose(1, 2).to(key.dtype),
-        None if rpb is None else grad_table.view(rpb.shape).to(rpb.dtype),
-    )
+    grad_query, grad_key = (x.transpose(1, 2).to(query.dtype) for x in grads)
+    return grad_query, grad_key, None if rpb is None else grad_table.view(rpb.shape).to(rpb.dtype)
 
 
 def weighted_values(weights: Tensor, value: Tensor, *, windows: tuple[Window, ...]) -> Tensor:
     """Arguments and result of `reference.weighted_values`."""
-    if not value.numel():
-        return torch.zeros_like(value)
     grid = _Slots(value, windows)
     careful = not finite(weights, value)
-    tiles, values = grid.to_tiles(weights.transpose(1, 2)), grid.strips(value.transpose(1, 2))
-    out = torch.empty(*tiles.shape[:5], value.shape[3], dtype=grid.dtype, device=value.device)
-    for chunk in grid.chunks():
-        dense = grid.scatter(tiles[chunk.outer][chunk.rows], chunk)
-        hidden = grid.chunk_hidden(dense, chunk) if careful else None
-        out[chunk.outer][chunk.rows] = mix(dense, grid.halo(values, None, chunk), hidden).unflatten(0, chunk.shape)
-    return grid.from_tiles(out).transpose(1, 2).to(value.dtype)
+    weights, value = weights.transpose(1, 2), value.transpose(1, 2)
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    for b, chunk in itertools.product(range(len(value)), grid.chunks()):
+        dense = grid.scatter(grid.take_queries("weights", weights[b], chunk), chunk)
+        hidden = grid.chunk_hidden(chunk) if careful else None
+        mixed = grid.room("mixed", grid.queries, value.shape[3], chunk)
+        grid.put_queries(out[b], chunk, mix(dense, grid.take_keys("values", value[b], chunk), hidden, mixed))
+    return out.transpose(1, 2)
 
 
 def weighted_values_backward(
     grad: Tensor, weights: Tensor, value: Tensor, *, windows: tuple[Window, ...]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weights and value for `weighted_values`."""
-    if not value.numel():
-        return torch.zeros_like(weights), torch.zeros_like(value)
     grid = _Slots(value, windows)
     careful = not finite(grad, weights, value)
-    tiles, values = grid.to_tiles(weights.transpose(1, 2)), grid.strips(value.transpose(1, 2))
-    upstream = grid.to_real_tiles(grad.transpose(1, 2))
-    grad_weights, grad_values = torch.empty_like(tiles), torch.zeros_like(values)
-    for chunk in grid.chunks():
-        incoming = upstream[chunk.outer][chunk.rows].flatten(0, 2)
-        dense = grid.scatter(tiles[chunk.outer][chunk.rows], chunk)
-        hidden = grid.chunk_hidden(dense, chunk) if careful else None
-        grid.add_to_strips(grad_values, None, chunk, mix(dense.mT, incoming, transposed(hidden)))
-        picked = grid.gather(incoming @ grid.halo(values, None, chunk).mT, chunk)
+    grad, weights, value = (x.transpose(1, 2) for x in (grad, weights, value))
+    grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    grad_value = torch.zeros(value.shape, dtype=grid.dtype, device=value.device)
+    for b, chunk in itertools.product(range(len(value)), grid.chunks()):
+        upstream = grid.take_queries("upstream", grad[b], chunk)
+        values = grid.take_keys("values", value[b], chunk)
+        picked = grid.gather(torch.bmm(upstream, values.mT, out=grid.scores("scores", chunk)), chunk)
         for run, kinds in grid.runs(chunk):
-            picked[:, :, run].masked_fill_(~grid.slot_table(kinds)[1], 0)
-        grad_weights[chunk.outer][chunk.rows] = picked
-    return (
-        grid.from_tiles(grad_weights).transpose(1, 2).to(weights.dtype),
-        grid.fold(grad_values, None).transpose(1, 2).to(value.dtype),
-    )
+            picked[run].masked_fill_(~grid.slot_table(kinds)[1], 0)
+        grid.put_queries(grad_weights[b], chunk, picked)
+        dense = grid.scatter(grid.take_queries("weights", weights[b], chunk), chunk)
+        hidden = grid.chunk_hidden(chunk) if careful else None
+        room = grid.room("grad_values", grid.keys, value.shape[3], chunk)
+        grid.add_keys(grad_value[b], chunk, mix_transposed(dense, grid.clear_padding(upstream, chunk), hidden, room))
+    return grad_weights.transpose(1, 2), grad_value.transpose(1, 2).to(value.dtype)
 
 
 class _Slots(TiledGrid):
-    """Tiles whose columns are window slots: heads-first tensors, one KV head a query head."""
+    """Tiles whose columns are window slots; one KV head a query head."""
 
     def __init__(self, tensor: Tensor, windows: tuple[Window, ...]) -> None:
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        super().__init__(windows, tensor.shape[0], tensor.shape[1], 1, 0, tensor.device, dtype)
+        super().__init__(windows, tensor.shape[1], 1, 0, tensor.device, dtype)
+        self.slots = math.prod(window.kernel for window in windows)
         self._tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-
-    @property
-    def slots(self) -> int:
-        size = 1
-        for window in self.windows:
-            size *= window.kernel
-        return size
-
-    def to_real_tiles(self, x: Tensor) -> Tensor:
-        """`to_tiles` with 0 in the padding of tiles."""
-        tiles, real = self.to_tiles(x), self.real_queries()
-        return tiles if real is None else tiles.mul_(real)
 
     def slot_table(self, kinds: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """`Tiling.slots` on the device."""
@@ -131,27 +114,19 @@ class _Slots(TiledGrid):
         return self.tiles.bias_places(kinds).to(self.device).gather(1, self.slot_table(kinds)[0])
 
     def gather(self, dense: Tensor, chunk: Chunk) -> Tensor:
-        """`[rows, size, halo]` -> `[batch, heads, tiles, size, slots]`."""
-        parts = dense.unflatten(0, chunk.shape)
-        out = dense.new_empty(*chunk.shape, self.tiles.size, self.slots)
+        """`[rows, size, halo]` -> `[tiles, heads, 1, size, slots]`."""
+        parts = self.parts(dense, chunk)
+        out = self.parts(self.room("slots", self.queries, self.slots, chunk), chunk)
         for run, kinds in self.runs(chunk):
-            index = self.slot_table(kinds)[0].expand_as(out[:, :, run])
-            out[:, :, run] = parts[:, :, run].gather(-1, index)
+            torch.gather(parts[run], -1, self.slot_table(kinds)[0].expand_as(out[run]), out=out[run])
         return out
 
     def scatter(self, slots: Tensor, chunk: Chunk) -> Tensor:
         """The adjoint of `gather`; slots without a key are dropped."""
-        dense = slots.new_zeros(*chunk.shape, self.tiles.size, self.tiles.halo)
+        dense = self.scores("dense", chunk).zero_()
+        parts, given = self.parts(dense, chunk), self.parts(slots, chunk)
         for run, kinds in self.runs(chunk):
             places, real = self.slot_table(kinds)
-            part = slots[:, :, run].masked_fill(~real, 0)
-            dense[:, :, run] = dense[:, :, run].scatter_add(-1, places.expand_as(part), part)
-        return dense.flatten(0, 2)
-
-    def chunk_hidden(self, dense: Tensor, chunk: Chunk) -> Tensor:
-        """Pairs that no window joins, bool like `dense`."""
-        hidden = torch.empty(dense.shape, dtype=torch.bool, device=dense.device)
-        parts = hidden.unflatten(0, chunk.shape)
-        for run, kinds in self.runs(chunk):
-            parts[:, :, run] = self.hidden(kinds)
-        return hidden
+            part = given[run].masked_fill(~real, 0)
+            parts[run].scatter_add_(-1, places.expand_as(part), part)
+        return dense
