@@ -83,6 +83,7 @@ FAMILIES = (
     _vision("emov2", "EMOv2"),
     _vision("overlock", "Overlock"),
     _vision("patnet", "PatNet"),
+    Family(
         "moh_vit",
         _MOH,
         "MoHViTConfig",

@@ -183,7 +183,12 @@ def _states(
     shape = (query.shape[0], query.shape[1])
     found = []
     for index, tensor in enumerate(given):
-        if tensor.dim() == 4 and tensor.shape[0] != query.shape[0] or like and tensor.shape[-3:] != like[index].shape[1:]:
+        if (
+            tensor.dim() == 4
+            and tensor.shape[0] != query.shape[0]
+            or like
+            and tensor.shape[-3:] != like[index].shape[1:]
+        ):
             raise ValueError(
                 f"{name}[{index}] is {tuple(tensor.shape)}, which is of another batch or network than this call: "
                 f"{(*shape, *tensor.shape[-2:]) if like is None else tuple(like[index].shape)} is needed"

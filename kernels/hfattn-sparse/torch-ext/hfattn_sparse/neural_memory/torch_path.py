@@ -108,9 +108,7 @@ def _read(x: Tensor, c: Coefficients, weights: Weights, momentum: Weights, input
     last = len(weights) - 1
     for layer, (w, s, a, d) in enumerate(zip(weights, momentum, inputs, deltas, strict=True)):
         near = torch.bmm(x, a.mT) * c.G
-        x = torch.baddbmm(
-            torch.baddbmm(torch.bmm(c.beta[..., None] * x, w), c.f[..., None] * x, s), near, d, alpha=-1
-        )
+        x = torch.baddbmm(torch.baddbmm(torch.bmm(c.beta[..., None] * x, w), c.f[..., None] * x, s), near, d, alpha=-1)
         x = x if layer == last else gelu(x)
     return x
 
