@@ -89,6 +89,7 @@ FAMILIES = (
         "MoHViTConfig",
         "MoHViTModel",
         heads=(("AutoModelForImageClassification", "MoHViTForImageClassification"),),
+    ),
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).
