@@ -9,9 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_attn import models as _models
-from hf_attn.integrations import diffusers_names as _diffusers_names
-from hf_attn.integrations.transformers import registration as _registration
+from hf_attn.checks import require_hosts as _require_hosts
+
+_require_hosts("torch", "transformers")
+
+from hf_attn import models as _models  # noqa: E402
+from hf_attn.integrations import diffusers_names as _diffusers_names  # noqa: E402
+from hf_attn.integrations.transformers import registration as _registration  # noqa: E402
 
 if TYPE_CHECKING:
     from hf_attn.analysis.snr import recommend

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,29 @@ def refuse_existing(folder: Path) -> None:
     """Raise FileExistsError when `folder` is a file or holds anything."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already and is never overwritten; choose another folder or remove it")
+
+
+def require_hosts(*names: str) -> None:
+    """Raise ImportError when an installed package is older than this package's metadata asks for.
+
+    Reads metadata only, imports nothing. `pip install --no-deps` and old environments get here; without the check they
+    would see an import error deep inside.
+    """
+    try:
+        wanted = metadata.requires("hf-attn") or []
+    except metadata.PackageNotFoundError:  # a source tree on the path: nothing says what it needs
+        return
+    for line in wanted:
+        found = re.match(r"([A-Za-z0-9_-]+)>=(\d+)\.(\d+)", line.replace(" ", ""))
+        if found is None or found[1] not in names:
+            continue
+        floor = int(found[2]), int(found[3])
+        try:
+            version = metadata.version(found[1])
+        except metadata.PackageNotFoundError:
+            raise ImportError(f"hf-attn needs {found[1]} >= {found[2]}.{found[3]}; pip install {found[1]}") from None
+        have = re.match(r"(\d+)\.(\d+)", version)
+        if have is not None and (int(have[1]), int(have[2])) < floor:
+            raise ImportError(
+                f"hf-attn needs {found[1]} >= {found[2]}.{found[3]}, found {version}; pip install --upgrade {found[1]}"
+            )
