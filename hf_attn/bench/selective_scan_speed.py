@@ -1,4 +1,4 @@
-"""The selective scan of an image's four paths against transformers' Mamba: `python -m hf_attn.bench.selective_scan_speed`.
+"""The scan of an image's four paths against transformers' Mamba: `python -m hf_attn.bench.selective_scan_speed`.
 
 Without a compiled kernel transformers scans one path after the other, token by token. The last line is the time of a
 whole LaMamba-Diff forward at side 64 over side 32; 4 is linear.

@@ -147,9 +147,10 @@ def test_unconditional():
     assert torch.equal(sample(pipe, (0, 0), guidance_scale=4.0), sample(pipe, (0, 0), guidance_scale=1.0))
 
 
-def test_half_precision():
-    images = sample(pixels().to(torch.bfloat16))
-    assert images.dtype == torch.bfloat16 and images.isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    want, images = sample(pixels()), sample(pixels().to(dtype), latents=None)
+    assert images.dtype == dtype and images.isfinite().all() and images.shape == want.shape
 
 
 @pytest.mark.parametrize(
