@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 # Floats of the state that a step handles: on the CPU about what leaves room for three operands in the L2 cache.
-STEP_FLOATS = {"cpu": 1 << 15}
-OTHER_STEP_FLOATS = 1 << 20
+STEP_FLOATS = 1 << 15
+# On the CPU a step this full is not worth the second pass that more spans cost.
+FULL_ENOUGH = 0.25
+# Elsewhere a step is a few launches whatever its size: spans are short, and the step as large as memory likes.
+DEVICE_STEP_FLOATS = 1 << 21
+DEVICE_SPAN = 64
 # Tokens of a segment: the backward holds this many states and decays of a strip.
 SEGMENT = 16
-# A step this full is not worth the second pass that more spans cost.
-FULL_ENOUGH = 0.25
 
 
 class Plan(NamedTuple):
@@ -41,10 +43,14 @@ class Plan(NamedTuple):
 
 def plan(rows: int, length: int, width: int, device: str) -> Plan:
     """The cut for rows of `width` state floats (channels times state size) each."""
-    budget = STEP_FLOATS.get(device, OTHER_STEP_FLOATS)
-    strip = max(1, min(rows, budget // max(width, 1)))
-    filled = strip * width
-    spans = 1 if filled >= FULL_ENOUGH * budget else min(budget // max(filled, 1), max(1, length // SEGMENT))
+    width = max(width, 1)
+    if device == "cpu":
+        strip = max(1, min(rows, STEP_FLOATS // width))
+        filled = strip * width
+        spans = 1 if filled >= FULL_ENOUGH * STEP_FLOATS else min(STEP_FLOATS // filled, max(1, length // SEGMENT))
+    else:
+        spans = max(1, length // DEVICE_SPAN)
+        strip = max(1, min(rows, DEVICE_STEP_FLOATS // (width * spans)))
     span = -(-length // spans)
     segments = max(1, -(-span // SEGMENT))
     tokens = max(1, -(-span // segments))
