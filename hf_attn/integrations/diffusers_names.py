@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -38,14 +37,16 @@ class _WhenImported(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (f for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
+        spec = next((found for f in others if (found := f.find_spec(fullname, path, target)) is not None), None)
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def run_and_tell(module: ModuleType) -> None:
             run(module)
+            if self in sys.meta_path:  # a spec alone, as availability checks ask for it, imports nothing
+                sys.meta_path.remove(self)
             self._tell(sys.modules.get(fullname, module))  # diffusers puts another module in its place
 
         spec.loader.exec_module = run_and_tell
