@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from diffusers import (
 
 import hf_attn
 from hf_attn.models.lamamba_diff.pipeline_lamamba_diff import guided
+from tests.loopback_hub import run_python
 from tests.models.test_lamamba_diff import tiny
 
 
@@ -78,7 +81,12 @@ def test_pixel_space_round_trip(tmp_path):
 @pytest.mark.parametrize(
     "imports",
     [
-        pytest.param("import hf_attn\nfrom diffusers import DiffusionPipeline", id="before"),
+        # Asking whether diffusers is there, as many libraries do, must not use up what waits for its import.
+        pytest.param(
+            "import hf_attn, importlib.util, sys\nassert 'diffusers' not in sys.modules\n"
+            "assert importlib.util.find_spec('diffusers')\nfrom diffusers import DiffusionPipeline",
+            id="before",
+        ),
         pytest.param("from diffusers import DiffusionPipeline\nimport hf_attn", id="after", marks=pytest.mark.slow),
     ],
 )
@@ -144,9 +152,10 @@ def test_unconditional():
     assert torch.equal(sample(pipe, (0, 0), guidance_scale=4.0), sample(pipe, (0, 0), guidance_scale=1.0))
 
 
-def test_half_precision():
-    images = sample(pixels().to(torch.bfloat16))
-    assert images.dtype == torch.bfloat16 and images.isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    want, images = sample(pixels()), sample(pixels().to(dtype), latents=None)
+    assert images.dtype == dtype and images.isfinite().all() and images.shape == want.shape
 
 
 @pytest.mark.parametrize(
@@ -162,3 +171,45 @@ def test_half_precision():
 def test_bad_input(labels, options, message):
     with pytest.raises(ValueError, match=message):
         pixels()(labels, **options)
+
+
+PUSHED = """
+import torch, hf_attn
+from tests.models.test_lamamba_pipeline import pixels, sample
+pipe = pixels()
+pipe.push_to_hub("me/digits")
+pipe.transformer.push_to_hub("me/denoiser")
+print(float(sample(pipe).double().sum()))
+"""
+PULLED = """
+import torch, hf_attn
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("me/digits")
+assert type(pipe) is hf_attn.LaMambaDiffPipeline and pipe.vae is None
+pipe.set_progress_bar_config(disable=True)
+out = pipe([1, 2], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+again = hf_attn.LaMambaDiffTransformer2DModel.from_pretrained("me/denoiser")
+assert all(torch.equal(a, b) for a, b in zip(again.parameters(), pipe.transformer.parameters(), strict=True))
+print(float(out.double().sum()))
+"""
+
+
+@pytest.mark.slow
+def test_push_and_pull(loopback):
+    """Pushed and loaded by two processes, through a Hub on this machine."""
+    hub, environment = loopback
+    sums = [run_python(code, environment) for code in (PUSHED, PULLED)]
+    assert {"model_index.json", "transformer/diffusion_pytorch_model.safetensors"} <= set(hub.repos["me/digits"].files)
+    assert float(sums[0].splitlines()[-1]) == float(sums[1].splitlines()[-1])
+
+
+def test_the_example_draws(tmp_path, monkeypatch, capsys):
+    script = Path(__file__).parents[2] / "examples" / "lamamba_sample.py"
+    monkeypatch.setattr(sys, "argv", ["lamamba_sample.py", "--output", str(tmp_path), "--steps", "2"])
+    runpy.run_path(str(script))
+    printed = capsys.readouterr().out
+    assert "LaMambaDiffPipeline: 4 images of (8, 8)" in printed and (tmp_path / "3_class3.png").is_file()
+    options = ["--pipeline", str(tmp_path / "pipeline"), "--classes", "7", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["lamamba_sample.py", *options, "--steps", "1"])
+    runpy.run_path(str(script))
+    assert (tmp_path / "0_class7.png").is_file()

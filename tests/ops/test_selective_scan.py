@@ -67,7 +67,9 @@ def test_two_levels_give_the_loop_and_its_gradients(shape):
 def test_the_cut_uses_one_span_only_where_a_step_is_wide():
     narrow, wide = torch_path.plan(4, 1024, 160, "cpu"), torch_path.plan(256, 1024, 160 * 16, "cpu")
     assert narrow.spans > 8 and narrow.strip == 4 and narrow.span <= 64
-    assert wide.spans == 1 and wide.strip * 160 * 16 <= torch_path.STEP_FLOATS["cpu"]
+    assert wide.spans == 1 and wide.strip * 160 * 16 <= torch_path.STEP_FLOATS
+    device = torch_path.plan(8, 4096, 640 * 16, "cuda")
+    assert device.span == torch_path.DEVICE_SPAN and device.spans == 64 and device.strip == 3
     for length in (1, 2, 15, 16, 17, 100, 1023):
         cut = torch_path.plan(3, length, 8, "cpu")
         assert length <= cut.spans * cut.span < length + cut.span and cut.tokens <= torch_path.SEGMENT
@@ -78,7 +80,19 @@ def test_small_strips(limit, monkeypatch):
     """Strips that cut through rows and groups, and many spans, give the same."""
     tensors = inputs(3, 2, 90, 10, 3, torch.float64)
     want = gradients(reference.forward, tensors)
-    monkeypatch.setitem(torch_path.STEP_FLOATS, "cpu", limit)
+    monkeypatch.setattr(torch_path, "STEP_FLOATS", limit)
+    for got, expected in zip(gradients(scan, tensors), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+def test_the_cut_of_other_devices(monkeypatch):
+    """The spans and strips that a GPU gets, on the CPU."""
+    tensors = inputs(3, 2, 200, 6, 3, torch.float64)
+    want = gradients(reference.forward, tensors)
+    cut = torch_path.plan
+    monkeypatch.setattr(torch_path, "DEVICE_STEP_FLOATS", 250)
+    monkeypatch.setattr(torch_path, "plan", lambda rows, length, width, _: cut(rows, length, width, "cuda"))
+    assert torch_path.plan(6, 200, 18, "cpu")[1:] == (3, 5, 14, 4)
     for got, expected in zip(gradients(scan, tensors), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 # Floats of the state that a step handles: on the CPU about what leaves room for three operands in the L2 cache.
-STEP_FLOATS = {"cpu": 1 << 15}
-OTHER_STEP_FLOATS = 1 << 20
+STEP_FLOATS = 1 << 15
+# On the CPU a step this full is not worth the second pass that more spans cost.
+FULL_ENOUGH = 0.25
+# Elsewhere a step is a few launches whatever its size: spans are short, and the step as large as memory likes.
+DEVICE_STEP_FLOATS = 1 << 21
+DEVICE_SPAN = 64
 # Tokens of a segment: the backward holds this many states and decays of a strip.
 SEGMENT = 16
-# A step this full is not worth the second pass that more spans cost.
-FULL_ENOUGH = 0.25
 
 
 class Plan(NamedTuple):
@@ -41,10 +43,14 @@ class Plan(NamedTuple):
 
 def plan(rows: int, length: int, width: int, device: str) -> Plan:
     """The cut for rows of `width` state floats (channels times state size) each."""
-    budget = STEP_FLOATS.get(device, OTHER_STEP_FLOATS)
-    strip = max(1, min(rows, budget // max(width, 1)))
-    filled = strip * width
-    spans = 1 if filled >= FULL_ENOUGH * budget else min(budget // max(filled, 1), max(1, length // SEGMENT))
+    width = max(width, 1)
+    if device == "cpu":
+        strip = max(1, min(rows, STEP_FLOATS // width))
+        filled = strip * width
+        spans = 1 if filled >= FULL_ENOUGH * STEP_FLOATS else min(STEP_FLOATS // filled, max(1, length // SEGMENT))
+    else:
+        spans = max(1, length // DEVICE_SPAN)
+        strip = max(1, min(rows, DEVICE_STEP_FLOATS // (width * spans)))
     span = -(-length // spans)
     segments = max(1, -(-span // SEGMENT))
     tokens = max(1, -(-span // segments))
@@ -61,9 +67,13 @@ class _Strip(NamedTuple):
     B: Tensor
     C: Tensor
 
-    def decay(self, t: int, out: Tensor) -> Tensor:
-        """exp(delta_t A)"""
-        return torch.mul(self.delta[t], self.A, out=out).exp_()
+    def steps(self, part: slice = slice(None)) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """x, delta, B and C of every step; views made at once, for a view costs as much as a small product."""
+        return list(zip(*(t[part].unbind(0) for t in (self.x, self.delta, self.B, self.C)), strict=True))
+
+    def decay(self, delta: Tensor, out: Tensor) -> Tensor:
+        """exp(delta A) of a step"""
+        return torch.mul(delta, self.A, out=out).exp_()
 
     @property
     def span_decay(self) -> Tensor:
@@ -87,11 +97,11 @@ def forward(
         running = _span_starts(strip, initial[strip.rows])
         decay = torch.empty_like(running)
         y = torch.empty_like(strip.x)
-        for t in range(cut.span):
+        for t, ((x, step, b, c), into) in enumerate(zip(strip.steps(), y.unbind(0), strict=True)):
             if t % cut.tokens == 0:
                 starts[t // cut.tokens, strip.rows] = running
-            running.mul_(strip.decay(t, decay)).addcmul_(strip.B[t], strip.x[t])
-            _contract(strip.C[t], running, y[t])
+            running.mul_(strip.decay(step, decay)).addcmul_(b, x)
+            _contract(c, running, into)
         final[strip.rows] = running[:, -1]
         _time_last(y, out.flatten(0, 1)[strip.rows])
     return final.mT.unflatten(0, u.shape[:2]).contiguous(), starts
@@ -139,19 +149,19 @@ def _segment(
 ) -> Tensor:
     """Gradients of one segment of all spans; `running` is the gradient of the state behind it, then before it."""
     grad_x, grad_delta, grad_B, grad_C = into
-    first, tokens = part.start, part.stop - part.start
-    states = start.new_empty(tokens + 1, *start.shape)
-    decays = start.new_empty(tokens, *start.shape)
+    steps = strip.steps(part)
+    states, decays = start.new_empty(len(steps) + 1, *start.shape), start.new_empty(len(steps), *start.shape)
     states[0] = start
-    for i in range(tokens):
-        strip.decay(first + i, decays[i])
-        torch.mul(states[i], decays[i], out=states[i + 1]).addcmul_(strip.B[first + i], strip.x[first + i])
+    at, through = states.unbind(0), decays.unbind(0)
+    for i, (x, step, b, _) in enumerate(steps):
+        torch.mul(at[i], strip.decay(step, through[i]), out=at[i + 1]).addcmul_(b, x)
     _over_channels(states[1:], grad_y[part], grad_C)
-    for i in reversed(range(tokens)):
-        # From here on states[i + 1] is the gradient of that state, and decays[i] that of delta_t A.
-        torch.addcmul(running, strip.C[first + i], grad_y[first + i], out=states[i + 1])
-        torch.mul(states[i + 1], decays[i], out=running)
-        torch.mul(running, states[i], out=decays[i])
+    grads = grad_y[part].unbind(0)
+    for i in reversed(range(len(steps))):
+        # From here on at[i + 1] is the gradient of that state, and through[i] that of delta A.
+        torch.addcmul(running, steps[i][3], grads[i], out=at[i + 1])
+        torch.mul(at[i + 1], through[i], out=running)
+        torch.mul(running, at[i], out=through[i])
     grad_states = states[1:]
     _over_channels(grad_states, strip.x[part], grad_B)
     _contract(strip.B[part], grad_states, grad_x)
@@ -166,8 +176,8 @@ def _span_starts(strip: _Strip, initial: Tensor) -> Tensor:
     running = initial.new_zeros(initial.shape[0], spans, *initial.shape[1:])
     if spans > 1:
         decay = torch.empty_like(running)
-        for t in range(strip.x.shape[0]):
-            running.mul_(strip.decay(t, decay)).addcmul_(strip.B[t], strip.x[t])
+        for x, step, b, _ in strip.steps():
+            running.mul_(strip.decay(step, decay)).addcmul_(b, x)
         added, through = running.clone(), strip.span_decay
         for k in range(spans - 1):
             before = initial if k == 0 else running[:, k]
@@ -182,8 +192,8 @@ def _span_ends(strip: _Strip, grad_y: Tensor, behind: Tensor) -> Tensor:
     running = behind.new_zeros(behind.shape[0], spans, *behind.shape[1:])
     if spans > 1:
         decay = torch.empty_like(running)
-        for t in reversed(range(strip.x.shape[0])):
-            running.addcmul_(strip.C[t], grad_y[t]).mul_(strip.decay(t, decay))
+        for (_, step, _, c), grad in zip(reversed(strip.steps()), reversed(grad_y.unbind(0)), strict=True):
+            running.addcmul_(c, grad).mul_(strip.decay(step, decay))
         added, through = running.clone(), strip.span_decay
         for k in reversed(range(1, spans)):
             after = behind if k == spans - 1 else running[:, k]
