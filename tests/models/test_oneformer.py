@@ -10,10 +10,13 @@ import textwrap
 import pytest
 import torch
 from transformers import DinatConfig, OneFormerConfig, OneFormerForUniversalSegmentation, OneFormerModel, SwinConfig
+from transformers.models.dinat import modeling_dinat as dinat_host
 from transformers.models.oneformer import modeling_oneformer as host
+from transformers.utils import OptionalDependencyNotAvailable
 
 import hf_attn
 from hf_attn.models import FAMILIES
+from hf_attn.models.dinat import patch_dinat
 from hf_attn.models.oneformer import OneFormerAttnForUniversalSegmentation, OneFormerAttnModel, patch_oneformer
 from tests.models.oneformer_models import STAGES, inputs, labels, ours, stock, texts, tiny_config
 
@@ -38,8 +41,20 @@ def test_eager_repeats_the_host_bit_for_bit(options, size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
-def test_other_implementations(implementation):
+@pytest.mark.parametrize(
+    ("implementation", "stance"),
+    [
+        ("sdpa", "default"),
+        ("flex_attention", "force_eager"),
+        pytest.param("flex_attention", "default", marks=pytest.mark.slow),  # compiles C++
+    ],
+)
+def test_other_implementations(implementation, stance):
+    with torch.compiler.set_stance(stance):
+        check_implementation(implementation)
+
+
+def check_implementation(implementation):
     model = ours()
     given = inputs()
     wanted = model(**given)
@@ -208,11 +223,32 @@ def test_our_backbones(family, tmp_path):
 SMALL = {"nat": {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 2, 2, 4], "kernel_size": 3}}
 
 
-def test_mechanisms_of_tokens_go_through_the_interface():
-    """A name of this package reaches the decoder's attention too: cross-attention and masks run as it says."""
-    model = ours("hf_attn_streaming")
-    with pytest.raises(ValueError, match="mask"):
-        model(**inputs())
+def test_causal_mechanisms_are_refused_by_name():
+    with pytest.raises(ValueError, match="hf_attn_streaming needs causal attention"):
+        ours("hf_attn_streaming")(**inputs())
+
+
+def test_apply_mends_the_backbone_too():
+    """A stock OneFormer with a DiNAT backbone, as the host builds it where natten is installed."""
+    undo = patch_dinat()
+    theirs = stock(backbone_config=dinat_config())
+    undo()
+    layers = [m for m in theirs.modules() if isinstance(m, dinat_host.NeighborhoodAttention)]
+    for layer in layers:
+        layer.__class__ = dinat_host.NeighborhoodAttention
+        del layer.config
+    with pytest.raises(OptionalDependencyNotAvailable):
+        theirs(**inputs())
+    wanted = ours(backbone_config=dinat_config())
+    wanted.load_state_dict(theirs.state_dict())
+    hf_attn.apply(theirs, "neighborhood")
+    with torch.no_grad():
+        assert torch.equal(theirs(**inputs()).masks_queries_logits, wanted(**inputs()).masks_queries_logits)
+    hf_attn.remove(theirs)
+    assert all(type(layer) is dinat_host.NeighborhoodAttention for layer in layers)
+    # Built mended, a model keeps what it needs.
+    hf_attn.remove(hf_attn.apply(wanted, "neighborhood"))
+    assert wanted(**inputs()).masks_queries_logits.isfinite().all()
 
 
 @pytest.mark.parametrize(
