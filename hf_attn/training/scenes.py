@@ -59,9 +59,8 @@ def _scene(size: int, random: torch.Generator) -> Scene:
         inside = (rows - y).abs().le(half_y) & (columns - x).abs().le(half_x)
         if kind == 2:
             inside = (rows - y) ** 2 + (columns - x) ** 2 <= half_y**2
-        sign = 2.0 * torch.randint(0, 2, (3,), generator=random) - 1
-        colour = sign * (0.9 + 0.9 * torch.rand(3, generator=random))
-        image = torch.where(inside, colour[:, None, None] + 0.3 * image, image)
+        colour = 2 * torch.rand(3, generator=random) - 1
+        image = torch.where(inside, colour[:, None, None] * 1.5 + 0.3 * image, image)
         owner[inside] = len(kinds)
         kinds.append(kind)
     kept = [number for number in range(len(kinds)) if bool((owner == number).any())]
