@@ -7,76 +7,18 @@ import subprocess
 import sys
 import textwrap
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from transformers import OneFormerConfig, OneFormerForUniversalSegmentation, OneFormerModel, SwinConfig
+from transformers import DinatConfig, OneFormerConfig, OneFormerForUniversalSegmentation, OneFormerModel, SwinConfig
+from transformers.models.dinat import modeling_dinat as dinat_host
 from transformers.models.oneformer import modeling_oneformer as host
+from transformers.utils import OptionalDependencyNotAvailable
 
 import hf_attn
-from hf_attn.integrations.transformers.repairs.oneformer.assignment import shortest_paths
+from hf_attn.models import FAMILIES
+from hf_attn.models.dinat import patch_dinat
 from hf_attn.models.oneformer import OneFormerAttnForUniversalSegmentation, OneFormerAttnModel, patch_oneformer
-
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
-
-
-def tiny_config(**options) -> OneFormerConfig:
-    backbone = options.pop("backbone_config", None) or SwinConfig(
-        embed_dim=4, depths=[1] * 4, num_heads=[1, 2, 2, 4], window_size=4, image_size=64, mlp_ratio=2.0,
-        out_features=STAGES,
-    )  # fmt: skip
-    sizes = dict.fromkeys(("conv_dim", "mask_dim", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward"), 32)
-    layers = {"encoder_layers": 2, "decoder_layers": 4, "query_dec_layers": 1, "num_attention_heads": 4}
-    text = {"text_encoder_width": 64, "text_encoder_context_length": 9, "text_encoder_num_layers": 1,
-            "text_encoder_vocab_size": 23, "text_encoder_n_ctx": 2}  # fmt: skip
-    rest = {"num_queries": 6, "num_labels": 5, "task_seq_len": 7, "train_num_points": 64}
-    if options.get("is_training") and "hidden_dim" not in options:
-        text["text_encoder_width"], text["text_encoder_n_ctx"] = 64, 0
-    return OneFormerConfig(backbone_config=backbone, **(sizes | layers | text | rest | options))
-
-
-def shake(model, seed=0):
-    """Random weights everywhere, so that nothing is hidden behind a zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in sorted(model.named_parameters()):
-        scale, centre = (0.1, 1.0) if "norm" in name and p.dim() == 1 and "weight" in name else (0.2, 0.0)
-        p.data = centre + scale * torch.randn(p.shape, generator=generator)
-    return model.eval()
-
-
-def stock(attn_implementation="eager", **options):
-    return shake(
-        OneFormerForUniversalSegmentation._from_config(tiny_config(**options), attn_implementation=attn_implementation)
-    )
-
-
-def ours(attn_implementation="eager", **options):
-    model = OneFormerAttnForUniversalSegmentation._from_config(
-        tiny_config(**options), attn_implementation=attn_implementation
-    )
-    return shake(model)
-
-
-def inputs(batch=2, size=(64, 96), seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randn(batch, 3, *size, generator=generator)
-    return {"pixel_values": pixels, "task_inputs": torch.randint(0, 9, (batch, 7), generator=generator).float()}
-
-
-def labels(batch=2, size=(64, 96), counts=(3, 2)):
-    generator = torch.Generator().manual_seed(5)
-    masks = [torch.randint(0, 2, (n, *size), generator=generator).float() for n in counts[:batch]]
-    return {"mask_labels": masks, "class_labels": [torch.arange(n) for n in counts[:batch]]}
-
-
-def texts(config, batch=2):
-    count = config.num_queries - config.text_encoder_n_ctx
-    generator = torch.Generator().manual_seed(7)
-    return torch.randint(1, config.text_encoder_vocab_size, (batch, count, config.text_encoder_context_length),
-                         generator=generator)  # fmt: skip
-
+from tests.models.oneformer_models import STAGES, inputs, labels, ours, stock, texts, tiny_config
 
 RESULTS = ("class_queries_logits", "masks_queries_logits", "task_token", "transformer_decoder_object_queries")
 
@@ -99,8 +41,20 @@ def test_eager_repeats_the_host_bit_for_bit(options, size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
-def test_other_implementations(implementation):
+@pytest.mark.parametrize(
+    ("implementation", "stance"),
+    [
+        ("sdpa", "default"),
+        ("flex_attention", "force_eager"),
+        pytest.param("flex_attention", "default", marks=pytest.mark.slow),  # compiles C++
+    ],
+)
+def test_other_implementations(implementation, stance):
+    with torch.compiler.set_stance(stance):
+        check_implementation(implementation)
+
+
+def check_implementation(implementation):
     model = ours()
     given = inputs()
     wanted = model(**given)
@@ -173,167 +127,6 @@ def test_checkpoints_are_the_hosts(tmp_path):
     assert not missing.unexpected_keys and all("text_mapper" in key for key in missing.missing_keys)
 
 
-def test_input_projections_are_parameters():
-    """Fault 7 of the host: with hidden_dim != conv_dim they are in a plain list, neither saved nor trained."""
-    options = {"hidden_dim": 64, "mask_dim": 32, "dim_feedforward": 32}
-    name = "model.transformer_module.input_projections.0.weight"
-    assert name not in stock(**options).state_dict()
-    model = ours(**options)
-    assert name in model.state_dict()
-    model.train()(**inputs(), **labels()).loss.backward()
-    assert model.get_parameter(name).grad.abs().max() > 0
-    again = ours(**options)
-    again.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        a, b = (m.eval()(**inputs()).masks_queries_logits for m in (model, again))
-    assert torch.equal(a, b)
-
-
-def test_dropout_follows_the_mode_of_the_module():
-    """Fault 6: the host's encoder drops in eval() when `is_training`, and never in train() otherwise."""
-    given = inputs()
-    theirs = stock(is_training=True, dropout=0.5)
-    given_text = given | {"text_inputs": texts(theirs.config)}
-    with torch.no_grad():
-        assert not torch.equal(*(theirs(**given_text).masks_queries_logits for _ in range(2)))
-        model = ours(is_training=True, dropout=0.5)
-        first, second = (model(**given_text) for _ in range(2))
-        assert torch.equal(first.masks_queries_logits, second.masks_queries_logits)
-        for flag in (True, False):
-            model = ours(is_training=flag, dropout=0.5).train()
-            encoder = model.model.pixel_level_module
-            assert not torch.equal(*(encoder(given["pixel_values"]).decoder_last_feature for _ in range(2)))
-
-
-@torch.no_grad()
-def test_text_is_causal():
-    """A later token (not the argmax one) must not change the text's feature; the host's feature follows it."""
-    model = ours(is_training=True)
-    encoder = model.model.text_mapper.text_encoder
-    ids = torch.tensor([[3, 22, 5, 6, 7, 8, 9, 1, 2]])
-    other = ids.clone()
-    other[0, 5] = 4
-    assert torch.equal(encoder(ids), encoder(other))
-    theirs = stock(is_training=True)
-    wanted = theirs.model.text_mapper.text_encoder
-    assert not torch.equal(wanted(ids), wanted(other))
-    model = ours(is_training=True, text_attention="bidirectional")
-    model.load_state_dict(theirs.state_dict())
-    assert (model.model.text_mapper.text_encoder(ids) - wanted(ids)).abs().max() <= 1e-5
-
-
-def test_text_is_needed_for_a_loss_only():
-    model = ours(is_training=True)
-    given = inputs()
-    with torch.no_grad():
-        assert model(**given).masks_queries_logits.shape == (2, 6, 16, 24)
-    with pytest.raises(ValueError, match="pass text_inputs too"):
-        model(**given, **labels())
-
-
-def run_loss(model, seed=11, **options):
-    torch.manual_seed(seed)
-    return model(**inputs(), **labels(), **options)
-
-
-def test_loss_equals_the_hosts():
-    """Same points (seeded), same assignment, same terms; gradients too."""
-    theirs, model = stock(), ours()
-    model.load_state_dict(theirs.state_dict())
-    wanted, got = run_loss(theirs), run_loss(model)
-    assert got.loss.dim() == 0  # the host's has shape [1], which breaks the Trainer's sum
-    torch.testing.assert_close(got.loss, wanted.loss[0], rtol=1e-6, atol=0)
-    for out in (wanted, got):
-        out.loss.backward()
-    for (name, p), q in zip(theirs.named_parameters(), model.parameters(), strict=True):
-        if p.grad is None:
-            assert q.grad is None, name
-            continue
-        # Key biases have no gradient but rounding.
-        assert (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max() + 1e-6, name
-    loss, *rest = run_loss(model, return_dict=False)
-    torch.testing.assert_close(loss, got.loss)
-
-
-def test_images_without_objects():
-    """The host's matcher cannot reshape the costs of no target."""
-    model = ours().train()
-    empty = {"mask_labels": [torch.zeros(0, 64, 96)] * 2, "class_labels": [torch.zeros(0, dtype=torch.int64)] * 2}
-    out = model(**inputs(), **empty)
-    out.loss.backward()
-    assert torch.isfinite(out.loss).all()
-    one = {"mask_labels": [torch.zeros(0, 64, 96), torch.ones(2, 64, 96)],
-           "class_labels": [torch.zeros(0, dtype=torch.int64), torch.tensor([1, 4])]}  # fmt: skip
-    assert torch.isfinite(model(**inputs(), **one).loss).all()
-    many = labels(counts=(8, 7))  # more objects than queries
-    many["class_labels"] = [label % 5 for label in many["class_labels"]]
-    assert torch.isfinite(model(**inputs(), **many).loss).all()
-
-
-def test_assignment_without_scipy_is_the_cheapest():
-    scipy = pytest.importorskip("scipy.optimize")
-    random = np.random.default_rng(0)
-    for turn in range(300):
-        n, m = random.integers(1, 13, 2)
-        costs = random.normal(size=(n, m)) if turn % 3 else random.integers(0, 4, (n, m)).astype(float)
-        rows, columns = shortest_paths(costs)
-        assert (np.diff(rows) > 0).all() and len(set(columns)) == len(rows) == min(n, m)
-        assert np.isclose(costs[rows, columns].sum(), costs[scipy.linear_sum_assignment(costs)].sum())
-
-
-def test_invalid_predictions_are_matched_last():
-    model = ours()
-    out = model(**inputs())
-    masks, classes = out.masks_queries_logits.detach().clone(), out.class_queries_logits.detach().clone()
-    masks[:, 1], classes[:, 4] = float("nan"), float("inf")
-    target = labels()
-    for queries, _ in model.matcher(masks, classes, target["mask_labels"], target["class_labels"]):
-        assert not {1, 4} & set(queries.tolist())
-
-
-def test_gradient_checkpointing_changes_nothing():
-    found = []
-    for enabled in (False, True):
-        model = ours(dropout=0.0).train()
-        if enabled:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            names = [type(m).__name__ for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-            assert {"MendedEncoderLayer", "MendedDecoderLayer"} <= set(names)
-        out = run_loss(model)
-        out.loss.backward()
-        found.append([out.loss] + [p.grad for p in model.parameters() if p.grad is not None])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def _contrastive_rank(rank, world, rows, port, results):
-    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"tcp://127.0.0.1:{port}")
-    images, texts_ = (x.requires_grad_() for x in rows[rank])
-    loss = ours().criterion.loss_contrastive(images, texts_)["loss_contrastive"]
-    loss.backward()
-    results[rank] = (loss.item(), images.grad.tolist(), texts_.grad.tolist())
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_contrastive_loss_over_ranks():
-    """Two ranks with two images each: the mean of losses and of gradients is that of one rank with all four."""
-    generator = torch.Generator().manual_seed(0)
-    images, texts_ = (torch.randn(4, 6, 8, generator=generator) for _ in range(2))
-    rows = [(images[:2].clone(), texts_[:2].clone()), (images[2:].clone(), texts_[2:].clone())]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_contrastive_rank, (2, rows, 29517, results), nprocs=2)
-        found = dict(results)
-    leaves = [x.requires_grad_() for x in (images, texts_)]
-    whole = ours().criterion.loss_contrastive(*leaves)["loss_contrastive"]
-    whole.backward()
-    assert abs(sum(found[r][0] for r in (0, 1)) / 2 - whole.item()) < 1e-5
-    for place, leaf in ((1, images), (2, texts_)):
-        grads = torch.tensor(found[0][place] + found[1][place]) / 2
-        torch.testing.assert_close(grads, leaf.grad, rtol=1e-4, atol=1e-6)
-
-
 def test_apply_mends_a_stock_model_and_remove_gives_it_back(tmp_path):
     theirs = stock(is_training=True)
     given = inputs() | {"text_inputs": texts(theirs.config)}
@@ -377,23 +170,85 @@ def test_patch_lets_the_hosts_classes_build_mended_models():
         OneFormerForUniversalSegmentation._from_config(tiny_config(), attn_implementation="sdpa")
 
 
+def dinat_config(**options):
+    sizes = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 2, 2, 4], "kernel_size": 3, "mlp_ratio": 2.0}
+    return DinatConfig(**sizes, dilations=[[5], [3], [1], [1]], out_features=STAGES, **options)
+
+
 def test_neither_scipy_nor_natten_nor_torchvision():
-    """Predicting and training in a process that cannot import them."""
+    """A DiNAT model predicts, trains, is saved and loaded in a process that cannot import them."""
     script = """
-        import sys
+        import sys, tempfile
         for name in ("scipy", "natten", "torchvision"):
             sys.modules[name] = None
         import torch
-        from tests.models.test_oneformer import inputs, labels, ours
-        model = ours("sdpa")
+        from tests.models.oneformer_models import inputs, labels, ours
+        from tests.models.test_oneformer import dinat_config
+        model = ours("sdpa", backbone_config=dinat_config())
         with torch.no_grad():
-            assert model(**inputs()).masks_queries_logits.isfinite().all()
+            wanted = model(**inputs()).masks_queries_logits
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            again = type(model).from_pretrained(folder).eval()
+        with torch.no_grad():
+            assert torch.equal(again(**inputs()).masks_queries_logits, wanted) and wanted.isfinite().all()
         model.train()(**inputs(), **labels()).loss.backward()
+        assert model.model.pixel_level_module.encoder.encoder.levels[0].layers[0].attention.self.rpb.grad.any()
         assert not [n for n in sys.modules if n.split(".")[0] in ("scipy", "natten", "torchvision") and sys.modules[n]]
         print("done")
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert run.returncode == 0 and "done" in run.stdout, run.stderr[-2000:]
+
+
+BACKBONES = [f for f in FAMILIES if "AutoBackbone" in dict(f.heads)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", BACKBONES, ids=lambda family: family.model_type)
+def test_our_backbones(family, tmp_path):
+    """Every vision family of this package, as small as its config allows; the config survives JSON."""
+    backbone = getattr(__import__(family.module, fromlist=[family.config]), family.config)(
+        **SMALL.get(family.model_type, {}), out_features=STAGES
+    )
+    config = tiny_config(backbone_config=backbone)
+    config.save_pretrained(tmp_path)
+    again = OneFormerConfig.from_pretrained(tmp_path)
+    assert type(again.backbone_config) is type(backbone) and again.to_dict() == config.to_dict()
+    model = OneFormerAttnForUniversalSegmentation(again).eval()
+    assert model(**inputs()).masks_queries_logits.shape == (2, 6, 16, 24)
+
+
+# Arguments that make a family small; its defaults otherwise.
+SMALL = {"nat": {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 2, 2, 4], "kernel_size": 3}}
+
+
+def test_causal_mechanisms_are_refused_by_name():
+    with pytest.raises(ValueError, match="hf_attn_streaming needs causal attention"):
+        ours("hf_attn_streaming")(**inputs())
+
+
+def test_apply_mends_the_backbone_too():
+    """A stock OneFormer with a DiNAT backbone, as the host builds it where natten is installed."""
+    undo = patch_dinat()
+    theirs = stock(backbone_config=dinat_config())
+    undo()
+    layers = [m for m in theirs.modules() if isinstance(m, dinat_host.NeighborhoodAttention)]
+    for layer in layers:
+        layer.__class__ = dinat_host.NeighborhoodAttention
+        del layer.config
+    with pytest.raises(OptionalDependencyNotAvailable):
+        theirs(**inputs())
+    wanted = ours(backbone_config=dinat_config())
+    wanted.load_state_dict(theirs.state_dict())
+    hf_attn.apply(theirs, "neighborhood")
+    with torch.no_grad():
+        assert torch.equal(theirs(**inputs()).masks_queries_logits, wanted(**inputs()).masks_queries_logits)
+    hf_attn.remove(theirs)
+    assert all(type(layer) is dinat_host.NeighborhoodAttention for layer in layers)
+    # Built mended, a model keeps what it needs.
+    hf_attn.remove(hf_attn.apply(wanted, "neighborhood"))
+    assert wanted(**inputs()).masks_queries_logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -99,15 +99,14 @@ MENDED: dict[type[nn.Module], type[nn.Module]] = {
 def mend(root: nn.Module, config: Any) -> Callable[[], None]:
     """Give every DiNAT layer in `root` its mended class; returns what undoes it."""
     found = list(root.modules())
+    layers = [module for module in found if type(module) is host.NeighborhoodAttention]
     undo = [become([m for m in found if type(m) is original], mended) for original, mended in MENDED.items()]
-    for module in found:
-        if isinstance(module, MendedNeighborhoodAttention):
-            module.config = config
+    for layer in layers:
+        layer.config = config
 
     def restore() -> None:
-        for module in found:
-            if isinstance(module, MendedNeighborhoodAttention):
-                module.__dict__.pop("config", None)
+        for layer in layers:
+            del layer.config
         for back in reversed(undo):
             back()
 

@@ -10,7 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.oneformer import modeling_oneformer as host
 
 from hf_attn.checks import did_you_mean
-from hf_attn.integrations.transformers.repairs import become
+from hf_attn.integrations.transformers.repairs import become, dinat
 from hf_attn.integrations.transformers.repairs.oneformer import (
     attention,
     decoder,
@@ -79,6 +79,8 @@ def install(target: PreTrainedModel, **options: Any) -> Callable[[], None]:
         restore_options()
         raise
     undo = [mend(target, config), become([target], MENDED.get(type(target), type(target)))]
+    if config.backbone_config.model_type in ("dinat", "nat"):
+        undo.append(dinat.mend(target, config.backbone_config))
     return lambda: [restore() for restore in (*reversed(undo), restore_options)]
 
 

@@ -41,6 +41,10 @@ def attend(
     Returns `[B, Nq, h, d]` and the weights `[B, h, Nq, Nk]` or None. Raises what the implementation raises.
     """
     name = module.config._attn_implementation or "eager"
+    if is_causal and blocked is not None:
+        future = _causal(query, key)
+        blocked = blocked | future if blocked.dtype == torch.bool else blocked.masked_fill(future, float("-inf"))
+        is_causal = False
     rate = dropout_rate if module.training else 0.0
     scale = query.shape[-1] ** -0.5
     if need_weights and name != "eager":
