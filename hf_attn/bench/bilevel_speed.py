@@ -22,21 +22,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from hf_attn import ops
 from hf_attn.bench.routed_speed import peak_bytes
 from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
-from hf_attn.ops.bilevel import METHODS
+from hf_attn.ops.bilevel import METHODS, region_mask
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
     """Attention of all positions, `[B, H, W, heads, D]` in and out."""
     flat = [t.flatten(1, 2).transpose(1, 2) for t in (query, key, value)]
     return scaled_dot_product_attention(*flat, mask, scale=scale).transpose(1, 2).reshape(value.shape)
-
-
-def region_mask(routes: Tensor, side: int, region: int) -> Tensor:
-    """The chosen pairs of positions, bool `[B, 1, N, N]`."""
-    rows = torch.arange(side) // region
-    own = (rows[:, None] * (side // region) + rows).flatten()
-    allowed = torch.zeros(*routes.shape[:2], routes.shape[1], dtype=torch.bool).scatter_(2, routes, True)
-    return allowed[:, own][:, :, own][:, None]
 
 
 def with_backward(run: Callable[..., Tensor], inputs: list[Tensor]) -> None:
@@ -64,7 +56,7 @@ def main() -> None:
     inputs, region, scale = [torch.randn(shape) for _ in range(3)], args.side // args.regions, args.channels**-0.5
     options = {"region_size": (region, region), "top_k": args.top_k}
     routed = {name: partial(ops.bilevel_routing_attention, method=name, **options) for name in METHODS[1:]}
-    mask = region_mask(ops.select_regions(*inputs[:2], **options), args.side, region)
+    mask = region_mask(ops.select_regions(*inputs[:2], **options), shape[1:3], (region, region))[:, None]
     expected = dense(*inputs, scale=scale, mask=mask)
     for name, run in routed.items():
         worst = float((run(*inputs) - expected).abs().max() / expected.abs().max())

@@ -104,6 +104,21 @@ def select_regions(query: Tensor, key: Tensor, *, region_size: Sequence[int], to
     return (means[0] @ means[1].mT).topk(top_k, -1).indices
 
 
+def region_mask(routes: Tensor, space: Sequence[int], region_size: Sequence[int]) -> Tensor:
+    """The chosen pairs of positions of a map, bool `[B, N, N]`, row-major.
+
+    Args:
+        routes: int `[B, regions, top_k]` from `select_regions`.
+        space: sides of the map.
+    """
+    own = torch.zeros((), dtype=torch.long, device=routes.device)
+    for n, r in zip(space, region_size, strict=True):
+        own = own[..., None] * (n // r) + torch.arange(n, device=routes.device) // r
+    own = own.flatten()
+    chosen = torch.zeros(*routes.shape[:2], routes.shape[1], dtype=torch.bool, device=routes.device)
+    return chosen.scatter(2, routes, True)[:, own][:, :, own]
+
+
 def _check(query: Tensor, key: Tensor, value: Tensor, region_size: Sequence[int], top_k: int) -> list[int]:
     """Regions along every axis; raises ValueError for what does not fit."""
     space = query.shape[1:-2]
@@ -168,13 +183,7 @@ def _masked(
     query: Tensor, key: Tensor, value: Tensor, routes: Tensor, region_size: Sequence[int], scale: float
 ) -> Tensor:
     """Attention of all pairs of positions `[B, *space, H, D]`, those of regions not chosen masked."""
-    own = torch.zeros((), dtype=torch.long, device=query.device)
-    for n, r in zip(query.shape[1:-2], region_size, strict=True):
-        own = own[..., None] * (n // r) + torch.arange(n, device=query.device) // r
-    own = own.flatten()
-    regions = routes.shape[1]
-    chosen = torch.zeros(*routes.shape[:2], regions, dtype=torch.bool, device=query.device).scatter(2, routes, True)
-    mask = chosen[:, own][:, :, own][:, None]
+    mask = region_mask(routes, query.shape[1:-2], region_size)[:, None]
     flat = [t.flatten(1, -3).transpose(1, 2) for t in (query, key, value)]
     return scaled_dot_product_attention(*flat, mask, scale=scale).transpose(1, 2).reshape(value.shape)
 
