@@ -132,6 +132,8 @@ class BiFormerModel(BiFormerPreTrainedModel, VisionModel):
 
     def feature_maps(self, pixel_values: Tensor) -> list[Tensor]:
         maps = []
+        # The layout of the blocks, from the start: depthwise convolutions take half the time in it.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         for stage, (downsampling, blocks) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             pixel_values = downsampling(pixel_values)
             if stage == 0:

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_attn.models.patnet.configuration_patnet import PatNetConfig
-from hf_attn.models.patnet.layers import PartialAttention, RelativeBias, SpatialGate
+from hf_attn.models.patnet.layers import PartialAttention, RelativeBias, SpatialGate, folded
 from hf_attn.models.vision.layers import DropPath, drop_path_rates
 from hf_attn.models.vision.modeling_vision import (
     VisionBackbone,
@@ -25,15 +25,15 @@ class PatNetBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: PatNetConfig, width: int, drop_path: float, *, kind: str) -> None:
         super().__init__()
-        hidden = int(width * config.mlp_ratio)
+        hidden, deploy, spatial = int(width * config.mlp_ratio), config.deploy, config.use_spatial_attn
         self.spatial_mixing = PartialAttention(config, width, kind)
         mlp = [
-            nn.Conv2d(width, hidden, 1, bias=False),
-            nn.BatchNorm2d(hidden),
+            nn.Conv2d(width, hidden, 1, bias=deploy),
+            nn.Identity() if deploy else nn.BatchNorm2d(hidden),
             ACT2FN[config.hidden_act],
-            nn.Conv2d(hidden, width, 1, bias=False),
+            nn.Conv2d(hidden, width + (deploy and spatial), 1, bias=deploy and spatial),
         ]
-        self.mlp = nn.Sequential(*mlp, *([SpatialGate(width)] if config.use_spatial_attn else []))
+        self.mlp = nn.Sequential(*mlp, *([SpatialGate(width, deploy)] if spatial else []))
         self.drop_path = DropPath(drop_path)
         if config.layer_scale_init_value > 0:
             self.layer_scale = nn.Parameter(torch.empty(width))
@@ -47,6 +47,13 @@ class PatNetBlock(GradientCheckpointingLayer):
         if hasattr(self, "layer_scale"):
             branch = branch * self.layer_scale[:, None, None]
         return maps + self.drop_path(branch)
+
+    def reparameterize(self) -> None:
+        """Fold all batch norms, and the convolutions of the spatial gate, into the two convolutions of the MLP."""
+        shift = self.spatial_mixing.take_norm() if self.spatial_mixing.kind == "channel" else None
+        self.mlp[0], self.mlp[1] = folded(self.mlp[0], self.mlp[1], shift), nn.Identity()
+        if len(self.mlp) > 4:
+            self.mlp[3] = self.mlp[4].fold_into(self.mlp[3])
 
 
 class PatNetStage(nn.Module):
@@ -68,25 +75,33 @@ class PatNetStage(nn.Module):
 class PatchEmbedding(nn.Module):
     """4x4 patches."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, deploy: bool = False) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, 4, 4, bias=False)
-        self.norm = nn.BatchNorm2d(width)
+        self.proj = nn.Conv2d(channels, width, 4, 4, bias=deploy)
+        self.norm = nn.Identity() if deploy else nn.BatchNorm2d(width)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.norm(self.proj(pixel_values))
+
+    def reparameterize(self) -> None:
+        """Fold the norm into the convolution."""
+        self.proj, self.norm = folded(self.proj, self.norm), nn.Identity()
 
 
 class PatchMerging(nn.Module):
     """2x2 positions become one of twice the width."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, deploy: bool = False) -> None:
         super().__init__()
-        self.reduction = nn.Conv2d(width, 2 * width, 2, 2, bias=False)
-        self.norm = nn.BatchNorm2d(2 * width)
+        self.reduction = nn.Conv2d(width, 2 * width, 2, 2, bias=deploy)
+        self.norm = nn.Identity() if deploy else nn.BatchNorm2d(2 * width)
 
     def forward(self, maps: Tensor) -> Tensor:
         return self.norm(self.reduction(maps))
+
+    def reparameterize(self) -> None:
+        """Fold the norm into the convolution."""
+        self.reduction, self.norm = folded(self.reduction, self.norm), nn.Identity()
 
 
 class PatNetPreTrainedModel(VisionPreTrainedModel):
@@ -124,11 +139,11 @@ class PatNetModel(PatNetPreTrainedModel, VisionModel):
         super().__init__(config)
         config.validate_architecture()
         rates = drop_path_rates(config.drop_path_rate, config.depths)
-        self.patch_embed = PatchEmbedding(config.num_channels, config.embed_dim)
+        self.patch_embed = PatchEmbedding(config.num_channels, config.embed_dim, config.deploy)
         stages: list[nn.Module] = []
         for stage in range(len(config.depths)):
             if stage:
-                stages.append(PatchMerging(config.stage_channels[stage]))
+                stages.append(PatchMerging(config.stage_channels[stage], config.deploy))
             stages.append(PatNetStage(config, stage, rates[stage]))
         self.stages = nn.ModuleList(stages)
         self.add_pooling_layer = add_pooling_layer
