@@ -14,7 +14,9 @@ from hf_attn.ops.backend import choose_path
 from hf_attn.ops.block_sparse import block_sparse_attention
 from hf_attn.pattern import BlockPattern
 
-GATHERS = ("auto", "copy", "blocks")
+METHODS = ("auto", "copy", "mask", "blocks")
+# Up to this many positions a CPU computes all pairs and masks them faster than it copies keys.
+MASKED = 512
 
 
 def bilevel_routing_attention(
@@ -26,7 +28,7 @@ def bilevel_routing_attention(
     top_k: int,
     scale: float | None = None,
     routes: Tensor | None = None,
-    gather: str = "auto",
+    method: str = "auto",
     attend: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v over the tokens of the `top_k` regions nearest to a query's own (arXiv 2303.08810).
@@ -40,11 +42,11 @@ def bilevel_routing_attention(
         top_k: regions read, 1 .. number of regions.
         scale: factor on the scores, default (H D)^-0.5: the width of all heads, as in the published models.
         routes: int `[B, regions, top_k]` from `select_regions`, to use instead of choosing here.
-        gather: "copy" copies the chosen keys side by side (top_k times the keys in memory) and is the faster on a CPU
-            for the maps of the published models; "blocks" reads them where they are (`block_sparse_attention`);
-            "auto" copies on a CPU up to 2^24 copied numbers, and reads in place everywhere else.
+        method: "copy" lays the chosen keys side by side (top_k times the keys in memory); "mask" computes all pairs and
+            masks those not chosen; "blocks" reads the keys where they are (`block_sparse_attention`). "auto" is the
+            fastest of them on a CPU, by the size of the map, and "blocks" everywhere else.
         attend: computes the attention over the copies in the place of SDPA, `attend(query, key, value, scale=...)` of
-            `[B regions, H, N, D]`; only with copies.
+            `[B regions, H, N, D]`; always over copies.
 
     Returns:
         `[B, *space, H, Dv]`. Differentiable in query, key and value; the choice is a constant.
@@ -52,25 +54,37 @@ def bilevel_routing_attention(
     Raises ValueError for shapes that do not fit, naming the argument.
     """
     sides = _check(query, key, value, region_size, top_k)
-    require_one_of("gather", gather, GATHERS)
+    require_one_of("method", method, METHODS)
     heads, width = query.shape[-2:]
     scale = (heads * width) ** -0.5 if scale is None else float(scale)
     if routes is None:
         routes = select_regions(query, key, region_size=region_size, top_k=top_k)
     elif routes.shape != (query.shape[0], prod(sides), top_k):
         raise ValueError(f"routes must be [{query.shape[0]}, {prod(sides)}, {top_k}], got {list(routes.shape)}")
-    parts = [_to_regions(t, region_size) for t in (query, key, value)]
     if attend is not None:
-        gather = "copy"
-    elif gather == "auto":
-        path = choose_path("block_sparse_attention", query, width, value.shape[-1])
-        copied = top_k * (parts[1].numel() + parts[2].numel())
-        gather = "copy" if path == "torch" and query.device.type == "cpu" and copied <= 1 << 24 else "blocks"
-    if gather == "copy":
+        method = "copy"
+    elif method == "auto":
+        method = _method(query, value, prod(sides), top_k)
+    if method == "mask":
+        return _masked(query, key, value, routes, region_size, scale)
+    parts = [_to_regions(t, region_size) for t in (query, key, value)]
+    if method == "copy":
         out = _by_copies(*parts, routes, scale, attend or scaled_dot_product_attention)
     else:
         out = _in_place(*parts, routes, scale)
     return _from_regions(out, region_size, query.shape[1:-2])
+
+
+def _method(query: Tensor, value: Tensor, regions: int, top_k: int) -> str:
+    """The fastest method for tensors `[B, *space, H, D]`."""
+    path = choose_path("block_sparse_attention", query, query.shape[-1], value.shape[-1])
+    if path != "torch" or query.device.type != "cpu":
+        return "blocks"
+    if prod(query.shape[1:-2]) <= MASKED:
+        return "mask"
+    # Copies beyond this no longer pay for themselves in memory.
+    copied = top_k * (query.numel() + value.numel())
+    return "copy" if copied <= 1 << 24 else "blocks"
 
 
 @torch.no_grad()
@@ -84,12 +98,25 @@ def select_regions(query: Tensor, key: Tensor, *, region_size: Sequence[int], to
         differentiable. Ties as in `torch.topk`.
     """
     _check(query, key, key, region_size, top_k)
-    means = [_to_regions(t, region_size).to(_exact(t)).mean(2).flatten(2) for t in (query, key)]
+    inner = tuple(range(2, 2 * len(region_size) + 1, 2))
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    means = [_split(t, region_size).mean(inner, dtype=exact).flatten(1, -3).flatten(2) for t in (query, key)]
     return (means[0] @ means[1].mT).topk(top_k, -1).indices
 
 
-def _exact(states: Tensor) -> torch.dtype:
-    return torch.float64 if states.dtype == torch.float64 else torch.float32
+def region_mask(routes: Tensor, space: Sequence[int], region_size: Sequence[int]) -> Tensor:
+    """The chosen pairs of positions of a map, bool `[B, N, N]`, row-major.
+
+    Args:
+        routes: int `[B, regions, top_k]` from `select_regions`.
+        space: sides of the map.
+    """
+    own = torch.zeros((), dtype=torch.long, device=routes.device)
+    for n, r in zip(space, region_size, strict=True):
+        own = own[..., None] * (n // r) + torch.arange(n, device=routes.device) // r
+    own = own.flatten()
+    chosen = torch.zeros(*routes.shape[:2], routes.shape[1], dtype=torch.bool, device=routes.device)
+    return chosen.scatter(2, routes, True)[:, own][:, :, own]
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, region_size: Sequence[int], top_k: int) -> list[int]:
@@ -111,15 +138,19 @@ def _check(query: Tensor, key: Tensor, value: Tensor, region_size: Sequence[int]
     return sides
 
 
+def _split(states: Tensor, region_size: Sequence[int]) -> Tensor:
+    """`[B, *space, H, D]` -> `[B, regions, positions of a region, (the same for every axis), H, D]`."""
+    sizes = [size for n, r in zip(states.shape[1:-2], region_size, strict=True) for size in (n // r, r)]
+    return states.reshape(states.shape[0], *sizes, *states.shape[-2:])
+
+
 def _to_regions(states: Tensor, region_size: Sequence[int]) -> Tensor:
     """`[B, *space, H, D]` -> `[B, regions, tokens of a region, H, D]`."""
-    rank, split = len(region_size), [states.shape[0]]
-    for n, r in zip(states.shape[1:-2], region_size, strict=True):
-        split += [n // r, r]
-    parts = states.reshape(*split, *states.shape[-2:])
+    rank, parts = len(region_size), _split(states, region_size)
     outer, inner = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
+    regions = prod(parts.shape[axis] for axis in outer)
     parts = parts.permute(0, *outer, *inner, 2 * rank + 1, 2 * rank + 2)
-    return parts.reshape(states.shape[0], prod(split[1::2]), prod(region_size), *states.shape[-2:])
+    return parts.reshape(states.shape[0], regions, prod(region_size), *states.shape[-2:])
 
 
 def _from_regions(parts: Tensor, region_size: Sequence[int], space: Sequence[int]) -> Tensor:
@@ -146,6 +177,15 @@ def _by_copies(
 
     query, key, value = (t.transpose(1, 2) for t in (query.flatten(0, 1), chosen(key), chosen(value)))
     return attend(query, key, value, scale=scale).transpose(1, 2).unflatten(0, (batch, regions))
+
+
+def _masked(
+    query: Tensor, key: Tensor, value: Tensor, routes: Tensor, region_size: Sequence[int], scale: float
+) -> Tensor:
+    """Attention of all pairs of positions `[B, *space, H, D]`, those of regions not chosen masked."""
+    mask = region_mask(routes, query.shape[1:-2], region_size)[:, None]
+    flat = [t.flatten(1, -3).transpose(1, 2) for t in (query, key, value)]
+    return scaled_dot_product_attention(*flat, mask, scale=scale).transpose(1, 2).reshape(value.shape)
 
 
 def _in_place(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: float) -> Tensor:

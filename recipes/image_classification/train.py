@@ -116,7 +116,11 @@ def run(options: dict[str, Any], name: str, split: str, seed: int, folder: Path)
         measured["nearest_neighbour"] = nearest_neighbour(train, held_out)
     if trainer.is_world_process_zero():
         trainer.save_model(str(folder / "model"))
-        config.image_processor().save_pretrained(folder / "model")
+        if config.num_channels == 3:
+            # Digits were trained on whole images in -1 .. 1.
+            plain = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_pct": 1.0}
+            processor = config.image_processor(**(plain if options["data"] == "digits" else {}))
+            processor.save_pretrained(folder / "model")
         result.write_text(json.dumps(measured, indent=1))
     return measured
 

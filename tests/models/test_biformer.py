@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_attn import ops
 from hf_attn.models.biformer import BiFormerConfig, BiFormerForImageClassification, BiFormerModel
 from hf_attn.models.biformer.layers import BilevelRoutingAttention, BilevelRoutingAttentionNchw
+from hf_attn.models.biformer.looking import attention_map
 from tests.models.vision_families import TINY, classifier, images
 
 
@@ -137,3 +144,60 @@ def test_maps_that_do_not_divide():
     ragged = layer("nchw")
     with pytest.raises(ValueError, match="fewer tokens a side than n_win=4"):
         ragged(torch.randn(1, 3, 8, 16))
+
+
+@pytest.mark.parametrize(("stage", "block", "position"), [(1, 1, (15, 3)), (3, 2, (0, 4)), (4, 1, (1, 1))])
+def test_attention_map(stage, block, position):
+    """The weights reproduce what the layer attends to: put a one-hot value in, and read it off."""
+    model, pixels = classifier("biformer"), images(64, 80)
+    weights = attention_map(model, pixels, stage=stage, block=block, position=position)
+    maps = [n // 2 ** (stage + 1) for n in (64, 80)]
+    assert weights.shape == (2, *maps) and float(weights.min()) >= 0
+    torch.testing.assert_close(weights.sum((1, 2)), torch.ones(2))
+    layer = model.biformer.stages[stage - 1][block - 1].attn
+    if stage == 4:
+        assert (weights > 0).all()
+        return
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(pixels)
+    handle.remove()
+    padded, region = layer.to_whole_regions(seen[0])
+    query, key, _ = (t.unflatten(-1, (layer.num_heads, -1)) for t in layer.qkv(padded))
+    count = padded.shape[1] * padded.shape[2]
+    value = torch.eye(count).view(1, *padded.shape[1:3], 1, count).expand(2, -1, -1, layer.num_heads, -1)
+    options = {"region_size": region, "top_k": layer.top_k, "scale": layer.scale}
+    read = ops.bilevel_routing_attention(query, key, value, **options)[:, *position].mean(1)
+    torch.testing.assert_close(weights, read.unflatten(-1, padded.shape[1:3])[:, : maps[0], : maps[1]])
+    assert int((weights[0] > 0).sum()) <= layer.top_k * region[0] * region[1]
+
+
+def test_attention_maps_that_do_not_exist():
+    model = classifier("biformer")
+    for options, message in (
+        ({"stage": 5, "block": 1, "position": (0, 0)}, "stage=5, block=1 does not exist"),
+        ({"stage": 1, "block": 2, "position": (0, 0)}, "block=2 does not exist"),
+        ({"stage": 1, "block": 1, "position": (16, 0)}, r"outside the 16 x 16 map"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention_map(model, images(), **options)
+
+
+@pytest.mark.slow
+def test_examples(tmp_path):
+    """Classify an image, draw where a position looks, train a segmentation model: as a user would start them."""
+    model = classifier("biformer", id2label={index: f"kind {index}" for index in range(5)})
+    model.save_pretrained(tmp_path / "model")
+    model.config.image_processor(size={"shortest_edge": 64}).save_pretrained(tmp_path / "model")
+    Image.effect_noise((90, 70), 60).save(tmp_path / "image.png")
+    image = ["--image", str(tmp_path / "image.png"), "--model", str(tmp_path / "model")]
+    picture = tmp_path / "picture.png"
+    for script, options, expected in (
+        ("classify_image", image, "kind "),
+        ("where_a_token_looks", [*image, "--row", "3", "--output", str(picture)], "reads 64 of 256 positions"),
+        ("segment_with_backbone", ["--size", "64", "--classes", "3"], "logits (2, 3, 64, 64)"),
+    ):
+        command = [sys.executable, f"examples/{script}.py", *options]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0 and expected in done.stdout, done.stdout + done.stderr[-2000:]
+    assert Image.open(picture).size == (448, 448)

@@ -52,14 +52,14 @@ def region_numbers(space, region):
 
 
 @shapes
-@pytest.mark.parametrize("gather", ["copy", "blocks"])
+@pytest.mark.parametrize("method", ["copy", "mask", "blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_definition(shape, gather, dtype):
+def test_the_definition(shape, method, dtype):
     space, region, heads, width, _, top_k = shape
     inputs = [t.detach() for t in tensors(shape, dtype)]
     routes = ops.select_regions(*inputs[:2], region_size=region, top_k=top_k)
     scale = (heads * width) ** -0.5
-    found = ops.bilevel_routing_attention(*inputs, region_size=region, top_k=top_k, gather=gather)
+    found = ops.bilevel_routing_attention(*inputs, region_size=region, top_k=top_k, method=method)
     exact = by_loops(*(t.double() for t in inputs), region, routes, scale)
     assert_as_good_as_eager(found, by_loops(*inputs, region, routes, scale), exact, slack=3)
 
@@ -78,22 +78,22 @@ def test_the_choice(shape):
 
 
 @shapes
-@pytest.mark.parametrize("gather", ["copy", "blocks"])
-def test_gradients(shape, gather):
+@pytest.mark.parametrize("method", ["copy", "mask", "blocks"])
+def test_gradients(shape, method):
     """Against finite differences; random means have no ties, and the choice is a constant."""
     _, region, *_, top_k = shape
     inputs = tensors(shape, torch.float64, rows=1)
 
     def run(*given):
-        return ops.bilevel_routing_attention(*given, region_size=region, top_k=top_k, gather=gather)
+        return ops.bilevel_routing_attention(*given, region_size=region, top_k=top_k, method=method)
 
     assert torch.autograd.gradcheck(run, inputs, eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=True)
 
 
-@pytest.mark.parametrize("gather", ["copy", "blocks"])
-def test_reading_everything_is_full_attention(gather):
+@pytest.mark.parametrize("method", ["copy", "mask", "blocks"])
+def test_reading_everything_is_full_attention(method):
     query, key, value = (t.detach() for t in tensors(((4, 6), (2, 3), 2, 8, 8, 4), torch.float64))
-    found = ops.bilevel_routing_attention(query, key, value, region_size=(2, 3), top_k=4, gather=gather)
+    found = ops.bilevel_routing_attention(query, key, value, region_size=(2, 3), top_k=4, method=method)
     flat = [t.flatten(1, 2).transpose(1, 2) for t in (query, key, value)]
     full = torch.nn.functional.scaled_dot_product_attention(*flat, scale=16**-0.5)
     torch.testing.assert_close(found, full.transpose(1, 2).view(found.shape), rtol=1e-12, atol=1e-12)
@@ -123,8 +123,8 @@ def test_nothing_of_other_regions_is_read():
     for t in spoilt:
         t[:, :, 2:] = float("nan")
         t[:, 4:] = float("nan")
-    for gather in ("copy", "blocks"):
-        options = {"region_size": (4, 2), "top_k": 1, "routes": routes, "gather": gather}
+    for method in ("copy", "blocks"):
+        options = {"region_size": (4, 2), "top_k": 1, "routes": routes, "method": method}
         clean = ops.bilevel_routing_attention(query, key, value, **options)
         torch.testing.assert_close(ops.bilevel_routing_attention(query, *spoilt, **options), clean)
 
@@ -136,7 +136,7 @@ def test_nothing_of_other_regions_is_read():
         ({"region_size": (4,), "top_k": 1}, "region_size=.4,. must divide"),
         ({"region_size": (4, 2), "top_k": 9}, "top_k=9 must be between 1 and the 8 regions"),
         ({"region_size": (4, 2), "top_k": 0}, "top_k=0"),
-        ({"region_size": (4, 2), "top_k": 2, "gather": "fast"}, "gather"),
+        ({"region_size": (4, 2), "top_k": 2, "method": "fast"}, "method"),
         (
             {"region_size": (4, 2), "top_k": 2, "routes": torch.zeros(2, 4, 2, dtype=torch.long)},
             "routes must be .2, 8, 2.",

@@ -46,7 +46,7 @@ class OverlockConfig(VisionConfig):
         use_aux_head: a second classifier on the overview, in training only.
         aux_loss_weight: its share of the loss.
         na_backend: how window weights are applied: "tiled" (a box of keys for a tile of queries), "dense" (one matrix
-            over the whole map), "auto" for the one with fewer products.
+            over the whole map), "auto" for dense on the smallest maps only.
     """
 
     model_type = "overlock"

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 Backend = Literal["auto", "tiled", "dense"]
+# Up to here one matrix over the whole map is faster than tiles, on a CPU.
+DENSE_TOKENS = 128
 
 
 def window_starts(length: int, kernel: int, device: torch.device | None = None) -> Tensor:
@@ -41,16 +43,15 @@ def mix_windows(weights: Tensor, values: Tensor, kernel: int, backend: Backend =
         weights: `[B, g, H, W, K * K]`, row-major over the window.
         values: `[B, g, H, W, c]`.
         kernel: K <= min(H, W), odd.
-        backend: "tiled", "dense" (one tile), or "auto", where the sizes of the tiles decide.
+        backend: "tiled", "dense" (one tile), or "auto": dense for the smallest maps.
 
     Returns `[B, g, H, W, c]`.
     """
     batch, heads, height, width, _ = weights.shape
     if kernel == height == width:  # one window, whatever the backend
         return (weights.flatten(2, 3) @ values.flatten(2, 3)).unflatten(2, (height, width))
-    tall, wide = (
-        _Axis(length, kernel, length) if backend == "dense" else _tile(length, kernel) for length in (height, width)
-    )
+    dense = backend == "dense" or (backend == "auto" and height * width <= DENSE_TOKENS)
+    tall, wide = (_Axis(length, kernel, length) if dense else _tile(length, kernel) for length in (height, width))
     rows, columns = -(-height // tall.queries), -(-width // wide.queries)
     extra = (rows * tall.queries - height, columns * wide.queries - width)
     if any(extra):
