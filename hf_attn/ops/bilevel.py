@@ -105,7 +105,7 @@ def select_regions(query: Tensor, key: Tensor, *, region_size: Sequence[int], to
 
 
 def best_regions(query_means: Tensor, key_means: Tensor, top_k: int) -> Tensor:
-    """int64 `[B, regions, top_k]` from mean queries and keys `[B, regions, C]`, in their precision under autocast too."""
+    """int64 `[B, regions, top_k]` from mean queries and keys `[B, regions, C]`, in their precision under autocast."""
     with torch.autocast(query_means.device.type, enabled=False):
         return (query_means @ key_means.mT).topk(top_k, -1).indices
 
