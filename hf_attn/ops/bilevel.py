@@ -101,7 +101,13 @@ def select_regions(query: Tensor, key: Tensor, *, region_size: Sequence[int], to
     inner = tuple(range(2, 2 * len(region_size) + 1, 2))
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     means = [_split(t, region_size).mean(inner, dtype=exact).flatten(1, -3).flatten(2) for t in (query, key)]
-    return (means[0] @ means[1].mT).topk(top_k, -1).indices
+    return best_regions(*means, top_k)
+
+
+def best_regions(query_means: Tensor, key_means: Tensor, top_k: int) -> Tensor:
+    """int64 `[B, regions, top_k]` from mean queries and keys `[B, regions, C]`, in their precision under autocast."""
+    with torch.autocast(query_means.device.type, enabled=False):
+        return (query_means @ key_means.mT).topk(top_k, -1).indices
 
 
 def region_mask(routes: Tensor, space: Sequence[int], region_size: Sequence[int]) -> Tensor:

@@ -87,7 +87,8 @@ class ImageFolder(Dataset):
         image = Image.open(path).convert("RGB")
         options = {}
         if self.crop is not None:
-            image = _random_crop(image, self.crop)
+            side = self.processor.size["shortest_edge"]
+            image = _random_crop(image, self.crop).resize((side, side), Image.Resampling.BICUBIC)
             image = ImageOps.mirror(image) if torch.rand(()) < 0.5 else image
             options = {"crop_pct": 1.0}
         pixels = self.processor(image, return_tensors="pt", **options)["pixel_values"][0]

@@ -149,9 +149,9 @@ def test_maps_that_do_not_divide():
 @pytest.mark.parametrize(("stage", "block", "position"), [(1, 1, (15, 3)), (3, 2, (0, 4)), (4, 1, (1, 1))])
 def test_attention_map(stage, block, position):
     """The weights reproduce what the layer attends to: put a one-hot value in, and read it off."""
-    model, pixels = classifier("biformer"), images(64, 80)
+    model, pixels = classifier("biformer"), images(64, 128)
     weights = attention_map(model, pixels, stage=stage, block=block, position=position)
-    maps = [n // 2 ** (stage + 1) for n in (64, 80)]
+    maps = [n // 2 ** (stage + 1) for n in (64, 128)]
     assert weights.shape == (2, *maps) and float(weights.min()) >= 0
     torch.testing.assert_close(weights.sum((1, 2)), torch.ones(2))
     layer = model.biformer.stages[stage - 1][block - 1].attn

@@ -149,3 +149,12 @@ def test_refusals(options, message):
         ops.bilevel_routing_attention(query, key, value, **options)
     with pytest.raises(ValueError, match="query and key must be"):
         ops.bilevel_routing_attention(query, key[:1], value, region_size=(4, 2), top_k=1)
+
+
+def test_autocast_does_not_touch_the_choice():
+    """Means that differ by less than bf16 can tell."""
+    query = torch.ones(1, 8, 1, 4)
+    key = query + 1e-4 * torch.tensor([0, 3, 1, 2]).repeat_interleave(2).view(1, 8, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        routes = ops.select_regions(query, key, region_size=(2,), top_k=4)
+    assert routes[0, 0].tolist() == [1, 3, 2, 0]

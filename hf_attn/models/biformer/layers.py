@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool2d, pad
 
 from hf_attn.models.biformer.configuration_biformer import BiFormerConfig
 from hf_attn.models.vision.attention import attend
-from hf_attn.ops.bilevel import bilevel_routing_attention
+from hf_attn.ops.bilevel import best_regions, bilevel_routing_attention
 
 # Full attention has this many heads whatever its width.
 FULL_HEADS = 8
@@ -141,10 +141,10 @@ class BilevelRoutingAttentionNchw(BilevelRoutingAttention):
         """Means over what a region has of the map, without padding."""
         exact = torch.float64 if query.dtype == torch.float64 else torch.float32
         means = [
-            avg_pool2d(t.permute(0, 3, 1, 2).to(exact), region, ceil_mode=True, count_include_pad=False).flatten(2)
+            avg_pool2d(t.permute(0, 3, 1, 2).to(exact), region, ceil_mode=True, count_include_pad=False).flatten(2).mT
             for t in (query, key)
         ]
-        return (means[0].mT @ means[1]).topk(self.top_k, -1).indices
+        return best_regions(*means, self.top_k)
 
 
 class FullAttention(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_attn.models.biformer.configuration_biformer import FULL, FULL_LEPE, BiFormerConfig
@@ -107,7 +108,7 @@ class BiFormerPreTrainedModel(VisionPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, BiFormerBlock) and hasattr(module, "gamma1"):
             for gamma in (module.gamma1, module.gamma2):
-                nn.init.constant_(gamma, self.config.layer_scale_init_value)
+                init.constant_(gamma, self.config.layer_scale_init_value)
 
 
 class BiFormerModel(BiFormerPreTrainedModel, VisionModel):
