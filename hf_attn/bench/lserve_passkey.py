@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import hf_attn
+from hf_attn.analysis.head_classes import order_equal_gates
 from hf_attn.analysis.head_files import load_heads
 from hf_attn.bench.head_classes import passkey_prompts
 from hf_attn.bench.models import load_language_model
@@ -30,8 +31,8 @@ def repeated_prompts(tokenizer: Any, count: int, length: int, seed: int = 0) -> 
         prompt, key = passkey_text(characters, generator, held_out=True)
         return tokenizer(prompt, add_special_tokens=False)["input_ids"], key
 
-    characters = 4 * length
-    characters = characters * length // len(encode(characters)[0])
+    bare, wide = (len(encode(characters)[0]) for characters in (0, 4 * length))
+    characters = max(4 * length * (length - bare) // (wide - bare), 0)
     prompts = (encode(characters) for _ in range(count))
     return [(torch.tensor([ids]), key) for ids, key in prompts]
 
@@ -75,6 +76,10 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="Hub id, folder or .gguf; default SmolLM2-135M")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--heads", default=None, help="folder of hf-attn calibrate or lserve_gates; default: calibrate")
+    parser.add_argument(
+        "--order-equal", type=int, default=0, metavar="TOKENS",
+        help="tokens of text whose attention mass orders heads of equal gates; 0 leaves their order to their numbers",
+    )  # fmt: skip
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--length", type=int, default=3500, help="tokens of a prompt")
     parser.add_argument("--filler", choices=sorted(FILLERS), default="real", help="real text, or sentences repeated")
@@ -93,6 +98,10 @@ def main() -> None:
         gates = hf_attn.calibrate(model, "lserve", tokenizer=tokenizer, length=2048, **sizes).gates
     else:
         gates = load_heads(arguments.heads).gates
+        if arguments.order_equal:
+            sizes = {"sink": arguments.sink, "local": arguments.local, "tokens": arguments.order_equal}
+            mass = hf_attn.calibrate(model, "lserve", tokenizer=tokenizer, length=2048, **sizes).gates
+            gates = order_equal_gates(gates, mass)
     prompts = FILLERS[arguments.filler](tokenizer, arguments.prompts, arguments.length, arguments.seed)
     tokens = sum(ids.shape[1] for ids, _ in prompts) / len(prompts)
     source = arguments.heads or "calibrated"

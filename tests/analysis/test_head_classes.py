@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import hf_attn
 from hf_attn.analysis import head_classes, head_files
-from hf_attn.analysis.head_classes import HeadCalibration, OutsideMass
+from hf_attn.analysis.head_classes import HeadCalibration, OutsideMass, order_equal_gates
 from hf_attn.analysis.head_files import (
     load_heads,
     lserve_options,
@@ -350,3 +350,18 @@ def test_half_of_the_heads_can_stream():
     half, quarter, reversed_half = ratio(found.gates, 0.5), ratio(found.gates, 0.25), ratio(1 - found.gates, 0.5)
     assert quarter <= half <= 1.08, (quarter, half)
     assert half < reversed_half, (half, reversed_half)
+
+
+def test_equal_gates_are_ordered_by_mass():
+    gates = torch.tensor([[0.0, 0.0, 0.9], [0.0, 0.4, 1.2]])
+    mass = torch.tensor([[0.3, 0.1, 0.0], [0.2, 0.6, 0.5]])
+    found = order_equal_gates(gates, mass)
+    assert (found - gates.clamp(0, 1)).abs().max() <= 1e-3 and float(found.max()) <= 1
+    assert found.flatten().argsort().tolist() == [1, 3, 0, 4, 2, 5]
+    assert torch.equal(
+        order_equal_gates(gates, torch.zeros(2, 3)).flatten().argsort(stable=True)[3:], torch.tensor([4, 2, 5])
+    )
+    with pytest.raises(ValueError, match=r"\[layers, KV heads\]"):
+        order_equal_gates(gates, mass[:1])
+    with pytest.raises(ValueError, match="finite"):
+        order_equal_gates(gates, mass / 0)
