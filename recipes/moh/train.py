@@ -4,7 +4,8 @@ python recipes/moh/train.py                       # SmolLM2-135M-Instruct, 7 of 
 python recipes/moh/train.py --seeds 0 1 2 --variants learned query_norm random
 python recipes/moh/train.py --smoke               # seconds, a tiny random model
 
-Several GPUs: put `accelerate launch` in front (configs in recipes/accelerate). An interrupted run goes on where it stopped when started again.
+Several GPUs: put `accelerate launch` in front (configs in recipes/accelerate). An interrupted run goes on where it
+stopped when started again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from hf_attn.training.head_load import HeadLoad
 from hf_attn.training.models import RANDOM, base_with_encoder
 
 HERE = Path(__file__).parent
-PROCESS = PartialState()  # one, or one of those of `accelerate launch`
+ON_CPU = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+PROCESS = PartialState(cpu=ON_CPU)  # the only one, or one of those of `accelerate launch`
 VARIANTS = ("learned", "query_norm", "random")
 # A tiny random model over bytes: shows within seconds that everything runs and the loss falls.
 SMOKE = {
@@ -75,7 +78,7 @@ def trainer_of(model: torch.nn.Module, options: dict[str, Any], seed: int, train
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
     arguments = TrainingArguments(
         output_dir=str(folder), seed=seed, data_seed=seed, report_to=[], save_total_limit=1, disable_tqdm=True,
-        **options["training"],
+        use_cpu=ON_CPU, **options["training"],
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=train, eval_dataset=held_out, callbacks=[HeadLoad()])
 

@@ -9,16 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 pytest.importorskip("accelerate")
 from accelerate.commands.config.config_args import ClusterConfig
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = {"fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED", "cpu": "MULTI_CPU"}
+CONFIGS = {"fsdp": "FSDP", "deepspeed_zero3": "DEEPSPEED", "cpu": "MULTI_GPU"}
 
 
 def path(name):
@@ -38,11 +37,8 @@ def test_accelerate_reads_it(name):
 
 def test_fsdp_becomes_a_plugin(monkeypatch):
     """From the file to the plugin, by way of the environment that the launcher makes."""
-    values = yaml.safe_load(path("fsdp").read_text())
-    arguments = launch_command_parser().parse_args(["--use_fsdp", "--num_processes", "2", "script.py"])
-    for key, value in values["fsdp_config"].items():
-        setattr(arguments, key, value)
-    arguments.mixed_precision = values["mixed_precision"]
+    command = ["--config_file", str(path("fsdp")), "--num_processes", "2", "script.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     for key, value in prepare_multi_gpu_env(arguments).items():
         if key.startswith("FSDP_") or key == "ACCELERATE_USE_FSDP":
             monkeypatch.setenv(key, value)
@@ -62,7 +58,7 @@ def test_two_processes(tmp_path):
     """Two processes of one batch each learn what the recipe shows, and write one result."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(path("cpu"))]
     command += ["--main_process_port", "29533", "recipes/moh/train.py", "--smoke", "--output", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--variants", "learned"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
