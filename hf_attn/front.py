@@ -51,7 +51,9 @@ def convert(model_or_repo: Any, name: str, *, load: dict[str, Any] | None = None
 
 
 def save_adapter(model: Any, folder: str | PathLike, **options: Any) -> None:
-    """Save the adapters of a PEFT model whose base was made by `hf_attn.convert`, with `hf_attn.json` beside them.
+    """Save the adapters of a PEFT model with `hf_attn.json` beside them.
+
+    Its base was made by `hf_attn.convert`, or uses a mechanism.
 
     The file names the conversion, its options and the base (type, sizes, a fingerprint of its weights), and
     `hf_attn_weights.safetensors` holds the new weights that the adapter does not train. `model.save_pretrained`,
@@ -60,7 +62,8 @@ def save_adapter(model: Any, folder: str | PathLike, **options: Any) -> None:
     Args:
         options: those of `PeftModel.save_pretrained`.
 
-    Raises TypeError for other objects, ValueError for a base that is no converted model.
+    For a mechanism the file has its options and the base. Raises TypeError for other objects, ValueError for a base
+    that is neither.
     """
     from hf_attn.models.adapters import save_adapter as run
 
@@ -68,11 +71,11 @@ def save_adapter(model: Any, folder: str | PathLike, **options: Any) -> None:
 
 
 def load_adapter(base: Any, adapter: str | PathLike, *, load: dict[str, Any] | None = None, **options: Any) -> Any:
-    """Put an adapter of a converted model on its base; returns a PeftModel.
+    """Put an adapter of a converted model, or of one with a mechanism, on its base; returns a PeftModel.
 
     Args:
         base: the plain model the conversion started from (it is converted as the adapter needs it) or the converted
-            one: a model, or a Hub id or folder.
+            one: a model, or a Hub id or folder. A mechanism the adapter was trained with is applied.
         adapter: folder or Hub id of the adapter; must have `hf_attn.json`.
         load: arguments of `from_pretrained` for a base given by name (`dtype`, `device_map`, `quantization_config`).
         options: those of `PeftModel.from_pretrained` (`is_trainable`, `adapter_name`, `revision`, ...).

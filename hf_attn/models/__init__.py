@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+
+from hf_attn.integrations.peft.importing import after_import
 from hf_attn.integrations.transformers.auto import Family, register
 
 _DINAT = "hf_attn.models.dinat"
@@ -102,6 +105,7 @@ CONVERSIONS = {
 
 
 def install() -> None:
-    """Register all families with the Auto classes; harmless when repeated."""
+    """Register all families with the Auto classes, and let PEFT tell us of adapters; harmless when repeated."""
     for family in FAMILIES:
         register(family)
+    after_import("peft", lambda: importlib.import_module("hf_attn.models.adapters").install())

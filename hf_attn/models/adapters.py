@@ -1,4 +1,7 @@
-"""PEFT adapters of converted models: `hf_attn.json` beside them says which base they need, and loading checks it."""
+"""PEFT adapters of converted models, and of models with a mechanism.
+
+`hf_attn.json` beside them says which base they need, and loading checks it.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_attn.integrations.hub.names import hub_id
 from hf_attn.integrations.peft import hooks
 from hf_attn.integrations.peft.wrapping import base_weight
+from hf_attn.integrations.transformers.config import mechanism_options
+from hf_attn.integrations.transformers.model import apply
 from hf_attn.models.cards import is_generated, write_model_card
 from hf_attn.models.conversion import (
     around,
@@ -25,6 +31,7 @@ from hf_attn.models.conversion import (
     get_conversion,
     host_key,
     load_as,
+    load_host,
     set_weights,
 )
 from hf_attn.models.fingerprint import fingerprint, same_values
@@ -39,7 +46,7 @@ _FORMAT = 1
 
 def install() -> None:
     """From now on PEFT itself writes `hf_attn.json` when it saves, and refuses wrong bases when it loads adapters."""
-    hooks.install(_after_save, _before_load, _before_push)
+    hooks.install(_after_save, _before_load, _before_push, _after_load)
 
 
 def save_adapter(model: Any, folder: str | os.PathLike, **options: Any) -> None:
@@ -47,10 +54,11 @@ def save_adapter(model: Any, folder: str | os.PathLike, **options: Any) -> None:
     if not hasattr(model, "peft_config"):
         raise TypeError(f"hf_attn.save_adapter takes a PeftModel, got {type(model).__name__}")
     install()
-    if read_record(model.get_base_model().config) is None:
+    base = model.get_base_model()
+    if read_record(base.config) is None and not _mechanism(base.config):
         raise ValueError(
-            f"{type(model.get_base_model()).__name__} is no converted model (its config has no {RECORD}); save its "
-            "adapter with model.save_pretrained"
+            f"{type(base).__name__} is no converted model (its config has no {RECORD}) and uses no mechanism of "
+            "hf-attn; save its adapter with model.save_pretrained"
         )
     model.save_pretrained(folder, **options)
 
@@ -69,7 +77,7 @@ def load_adapter(
     if hasattr(base, "peft_config") or hasattr(base, "get_base_model"):
         raise TypeError("hf_attn.load_adapter takes the base, got a PeftModel; pass model.unload(), or the base anew")
     about = read_file(adapter, {key: options[key] for key in ("revision", "token", "subfolder") if key in options})
-    model = _base_for(about, base, load or {})
+    model = (_with_mechanism if "mechanism" in about else _base_for)(about, base, load or {})
     weights = _fetch(adapter, WEIGHTS, options)
     if weights is not None:
         set_weights(model, load_file(weights))
@@ -78,9 +86,20 @@ def load_adapter(
 
 
 def describe(model: nn.Module, adapter: str | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Contents of `hf_attn.json` for a converted model, and its new weights that `adapter` does not hold."""
+    """Contents of `hf_attn.json` for a converted model, and its new weights that `adapter` does not hold.
+
+    For other models the file has the mechanism and the base.
+    """
     record = read_record(model.config)
     shapes = _shapes(model)
+    if record is None:
+        config = model.config
+        where = {"type": host_key(config), "name": hub_id(getattr(model, "name_or_path", None))}
+        return {
+            "format": _FORMAT,
+            "mechanism": _mechanism(config),
+            "base": {**where, "fingerprint": _base_fingerprint(model, None, shapes)},
+        }, {}
     new = [name for name in shapes if is_new(record, name)]
     found = {name: base_weight(model, name, adapter) for name in new}
     return {
@@ -157,6 +176,35 @@ def _base_for(about: dict[str, Any], base: nn.Module | str | os.PathLike, load: 
     else:
         model = load_as(os.fspath(base), config, host, model_class, ours, {}, conversion.rewrite, load)
     return model
+
+
+def _with_mechanism(about: dict[str, Any], base: nn.Module | str | os.PathLike, load: dict[str, Any]) -> nn.Module:
+    """The base with the adapter's mechanism; raises ValueError for one of another type or with another mechanism."""
+    wanted, model = about["mechanism"], base
+    if not isinstance(base, nn.Module):
+        where = {key: load[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in load}
+        config = base_config(os.fspath(base), **where)
+        model = load_host(os.fspath(base), config.architectures[0], load)
+    if host_key(config_of(model)) != about["base"]["type"]:
+        raise ValueError(
+            f"the adapter was trained on {_trained_on(about)}, which is a {about['base']['type']} model; {_name(base)} "
+            f"is a {host_key(config_of(model))} model"
+        )
+    found = _mechanism(model.config)
+    if found not in (None, wanted):
+        raise ValueError(
+            f"the adapter was trained with {wanted}, but {_name(base)} uses {found}; remove that first: "
+            "hf_attn.remove(model)"
+        )
+    if found is None:
+        apply(model, wanted["mechanism"], **mechanism_options(wanted, wanted["mechanism"]))
+    return model
+
+
+def _mechanism(config: Any) -> dict[str, Any] | None:
+    """`config.hf_attn` of a model of transformers that runs it, None for others."""
+    options = None if isinstance(config, Mapping) else getattr(config, "hf_attn", None)
+    return options or None
 
 
 def _our_config(about: dict[str, Any], base: Any, model_class: type[nn.Module]) -> Any:
@@ -244,8 +292,8 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(weight.shape) for name, weight in plain.named_parameters()}
 
 
-def _base_fingerprint(model: nn.Module, record: dict[str, Any], shapes: dict[str, list[int]]) -> dict[str, Any]:
-    old = {name: shape for name, shape in shapes.items() if not is_new(record, name)}
+def _base_fingerprint(model: nn.Module, record: dict[str, Any] | None, shapes: dict[str, list[int]]) -> dict[str, Any]:
+    old = {name: shape for name, shape in shapes.items() if record is None or not is_new(record, name)}
     return fingerprint(old, lambda name: base_weight(model, name)[0])
 
 
@@ -260,33 +308,56 @@ def _trained_on(about: dict[str, Any]) -> str:
 
 
 def _after_save(model: Any, folder: Path, adapter: str) -> None:
-    """Put `hf_attn.json` and the new weights that the adapter lacks beside an adapter of a converted model."""
+    """Put `hf_attn.json` and the new weights that the adapter lacks beside an adapter of a converted model.
+
+    Beside one of a model with a mechanism goes `hf_attn.json` alone.
+    """
     base = model.get_base_model()
-    if read_record(base.config) is None or not folder.is_dir():
+    converted = read_record(base.config) is not None
+    if not folder.is_dir() or not (converted or _mechanism(base.config)):
         return
     about, weights = describe(base, adapter)
     if weights:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n")
     card = folder / "README.md"
-    if not card.is_file() or is_generated(card.read_text(encoding="utf-8")):
+    if converted and (not card.is_file() or is_generated(card.read_text(encoding="utf-8"))):
         write_model_card(folder)
 
 
 def _before_load(model: Any, adapter: str, options: dict[str, Any]) -> None:
-    """Raise ValueError when PEFT is about to drop the new weights of an adapter, or to put them on a wrong base."""
+    """Raise ValueError when PEFT is about to drop the new weights of an adapter, or to put them on a wrong base.
+
+    Warn when it was trained with a mechanism that the base does not use.
+    """
     file = _fetch(adapter, FILE, options) if Path(adapter).is_dir() else None
     if file is None:
         return
     about = read_file(adapter, options)
     base = model.get_base_model()
+    remedy = f"use hf_attn.load_adapter(base, {adapter!r})"
+    if "mechanism" in about:
+        if _mechanism(base.config) != about["mechanism"]:
+            found = f"{adapter} was trained with {about['mechanism']}, {_name(base)} uses {_mechanism(base.config)}"
+            warnings.warn(f"{found}; {remedy}", stacklevel=4)
+        return
     record = read_record(base.config)
     if record is None:
         raise ValueError(
             f"{adapter} is an adapter of a model converted to {about['conversion']['name']!r}, and on the plain "
-            f"{type(base).__name__} its new weights would be lost; use hf_attn.load_adapter(base, {adapter!r})"
+            f"{type(base).__name__} its new weights would be lost; {remedy}"
         )
     _check_record(about, record, _name(base))
+
+
+def _after_load(model: Any, adapter: str, lacking: list[str]) -> None:
+    """Warn of weights of an adapter that PEFT dropped because the base has no place for them."""
+    if lacking:
+        warnings.warn(
+            f"PEFT dropped {len(lacking)} weights of {adapter} ({lacking[0]}, ...): {_name(model.get_base_model())} "
+            f"has no place for them. If the adapter has {FILE}, use hf_attn.load_adapter(base, {adapter!r})",
+            stacklevel=4,
+        )
 
 
 def _before_push(model: Any, repo: str, options: dict[str, Any]) -> None:

@@ -104,6 +104,8 @@ def _about(folder: Path) -> tuple[dict[str, Any], bool]:
         if not file.is_file():
             continue
         values = json.loads(file.read_text())
+        if adapter and "conversion" not in values:  # of a model with a mechanism
+            continue
         if adapter:
             base = {f"base_{key}": value for key, value in values["base"].items()}
             return {

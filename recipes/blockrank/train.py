@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_attn
 from hf_attn.analysis.ranking import bm25, bootstrap_p, gains, measures, rank_of
-from hf_attn.bench.models import byte_tokenizer, load_language_model
 from hf_attn.models.blockrank import PromptBuilder
 from hf_attn.training.blockrank import BlockRankTrainer, Record, ranking_records
 from hf_attn.training.docstrings import docstring_entries, leakage, split_by_module
+from hf_attn.training.models import RANDOM, base_with_tokenizer
 
 HERE = Path(__file__).parent
 SMOKE = {
-    "model": "random",
+    "model": RANDOM,
     "dtype": "float32",
     "packages": ["numpy"],
     "ranker": {"max_block_length": 64, "query_offset": 900},
@@ -38,17 +38,15 @@ SMOKE = {
     "training": {"gradient_accumulation_steps": 1, "save_steps": 4, "logging_steps": 2},
     "evaluation": {"queries": 4, "documents": [3], "calibration": 3},
 }
+SMOKE_SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096,
+}  # fmt: skip
 
 
 def load(options: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer."""
-    if options["model"] == "random":
-        config = LlamaConfig(
-            vocab_size=257, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=None, eos_token_id=256,
-        )  # fmt: skip
-        return LlamaForCausalLM(config), byte_tokenizer()
-    return load_language_model(options["model"], getattr(torch, options["dtype"]))
+    return base_with_tokenizer(options["model"], SMOKE_SIZES, dtype=options["dtype"])
 
 
 def ranks_of(score: Callable[[Record], list[float]], records: list[Record]) -> list[int]:

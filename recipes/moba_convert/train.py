@@ -15,36 +15,28 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_attn
-from hf_attn.bench.models import load_language_model
-from hf_attn.training.data import BYTE_VOCABULARY, blocks, byte_ids, reference_text
+from hf_attn.training.data import blocks, reference_text
+from hf_attn.training.models import RANDOM, base_with_encoder
 from hf_attn.training.schedule import AttentionSwitch, TopKSchedule, set_options
 
 HERE = Path(__file__).parent
 # A tiny random model over bytes: shows within seconds that everything runs and the loss falls.
 SMOKE = {
-    "model": "random",
+    "model": RANDOM,
     "length": 128,
     "train_rows": 64,
     "evaluation_rows": 4,
     "convert": {"block_size": 8, "top_k": 2},
     "training": {"max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 2e-2, "save_steps": 10},
 }
-
-
-def load(options: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
-    """The dense model, and a function from text to token ids."""
-    if options["model"] == "random":
-        config = LlamaConfig(
-            vocab_size=BYTE_VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
-        return LlamaForCausalLM(config), byte_ids
-    model, tokenizer = load_language_model(options["model"])
-    return model, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+SMOKE_SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 def trainer_of(model: torch.nn.Module, options: dict[str, Any], train: list, held_out: list, folder: Path) -> Trainer:
@@ -88,7 +80,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     set_seed(options["seed"])
 
-    dense, encode = load(options)
+    dense, encode = base_with_encoder(options["model"], SMOKE_SIZES)
     train, held_out = (blocks(encode(text), options["length"]) for text in reference_text())
     train = train[: options["train_rows"] or None]
     held_out = held_out[: options["evaluation_rows"]]
@@ -132,7 +124,7 @@ def main() -> None:
     # 4. The same training without MoBA: what part of the gain is the text?
     if options["compare_dense"]:
         set_seed(options["seed"])
-        plain, _ = load(options)
+        plain, _ = base_with_encoder(options["model"], SMOKE_SIZES)
         control = trainer_of(plain, options, train, held_out, output / "control")
         measured["dense, trained the same way"] = train_and_measure(control, output / "control")
 

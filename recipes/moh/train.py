@@ -4,7 +4,8 @@ python recipes/moh/train.py                       # SmolLM2-135M-Instruct, 7 of 
 python recipes/moh/train.py --seeds 0 1 2 --variants learned query_norm random
 python recipes/moh/train.py --smoke               # seconds, a tiny random model
 
-Several GPUs: put `accelerate launch` in front. An interrupted run goes on where it stopped when started again.
+Several GPUs: put `accelerate launch` in front (configs in recipes/accelerate). An interrupted run goes on where it
+stopped when started again.
 """
 
 from __future__ import annotations
@@ -12,25 +13,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from accelerate import PartialState
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_attn
-from hf_attn.bench.models import load_language_model
-from hf_attn.training.data import BYTE_VOCABULARY, blocks, byte_ids, reference_text
+from hf_attn.training.data import blocks, reference_text
 from hf_attn.training.head_load import HeadLoad
+from hf_attn.training.models import RANDOM, base_with_encoder
 
 HERE = Path(__file__).parent
+ON_CPU = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
+PROCESS = PartialState(cpu=ON_CPU)  # the only one, or one of those of `accelerate launch`
 VARIANTS = ("learned", "query_norm", "random")
 # A tiny random model over bytes: shows within seconds that everything runs and the loss falls.
 SMOKE = {
-    "model": "random",
+    "model": RANDOM,
     "length": 64,
     "train_rows": 32,
     "evaluation_rows": 4,
@@ -39,19 +44,18 @@ SMOKE = {
     "convert": {"shared_heads": 1, "top_k": 2},
     "training": {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 2e-2, "save_steps": 6},
 }
+SMOKE_SIZES = {
+    "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
 
 
 def load(options: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
     """The dense model, and a function from text to token ids."""
-    if options["model"] == "random":
+    if options["model"] == RANDOM:
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=BYTE_VOCABULARY, hidden_size=96, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=6, num_key_value_heads=2, head_dim=16, bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).eval(), byte_ids
-    model, tokenizer = load_language_model(options["model"], dtype=getattr(torch, options["dtype"]))
-    return model, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    model, encode = base_with_encoder(options["model"], SMOKE_SIZES, dtype=options["dtype"])
+    return model.eval(), encode
 
 
 def converted(variant: str, options: dict[str, Any], calibration: torch.Tensor) -> torch.nn.Module:
@@ -74,7 +78,7 @@ def trainer_of(model: torch.nn.Module, options: dict[str, Any], seed: int, train
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
     arguments = TrainingArguments(
         output_dir=str(folder), seed=seed, data_seed=seed, report_to=[], save_total_limit=1, disable_tqdm=True,
-        **options["training"],
+        use_cpu=ON_CPU, **options["training"],
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=train, eval_dataset=held_out, callbacks=[HeadLoad()])
 
@@ -127,7 +131,9 @@ def run_seed(seed: int, options: dict[str, Any], output: Path) -> dict[str, dict
             found = {"before": before, **train_and_measure(trainer, folder, held_out)}
             if hasattr(model, "config") and variant != "dense tuned":
                 model.config.save_pretrained(folder / "adapter" / "base_config")
-            done.write_text(json.dumps(found, indent=1))
+            if PROCESS.is_main_process:
+                done.write_text(json.dumps(found, indent=1))
+            PROCESS.wait_for_everyone()
         results[variant] = json.loads(done.read_text())
     return results
 
@@ -177,6 +183,8 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     results = {str(seed): run_seed(seed, options, output) for seed in options["seeds"]}
+    if not PROCESS.is_main_process:
+        return
     (output / "results.json").write_text(json.dumps(results, indent=1))
     (output / "results.md").write_text(table(results) + "\n")
     print(table(results))

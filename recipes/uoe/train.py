@@ -17,18 +17,18 @@ from typing import Any
 import peft
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_attn
-from hf_attn.bench.models import load_language_model
 from hf_attn.models.uoe import order_neurons
-from hf_attn.training.data import BYTE_VOCABULARY, blocks, byte_ids, reference_text
+from hf_attn.training.data import blocks, reference_text
+from hf_attn.training.models import RANDOM, base_with_encoder
 
 HERE = Path(__file__).parent
 # A tiny random model over bytes: shows within seconds that everything runs.
 SMOKE = {
-    "model": "random",
+    "model": RANDOM,
     "length": 64,
     "train_rows": 64,
     "evaluation_rows": 4,
@@ -36,18 +36,10 @@ SMOKE = {
     "convert": {"attn_top_k": 1, "mlp_experts": 4, "mlp_top_k": 3},
     "training": {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_steps": 4},
 }
-
-
-def load(options: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
-    """The dense model, and a function from text to token ids."""
-    if options["model"] == "random":
-        config = LlamaConfig(
-            vocab_size=BYTE_VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
-        return LlamaForCausalLM(config), byte_ids
-    model, tokenizer = load_language_model(options["model"])
-    return model, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+SMOKE_SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 def trainer_of(
@@ -94,7 +86,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     set_seed(options["seed"])
 
-    dense, encode = load(options)
+    dense, encode = base_with_encoder(options["model"], SMOKE_SIZES)
     train, held_out = (blocks(encode(text), options["length"]) for text in reference_text())
     train, calibration = train[options["calibration_rows"] :], train[: options["calibration_rows"]]
     train, held_out = train[: options["train_rows"] or None], held_out[: options["evaluation_rows"]]

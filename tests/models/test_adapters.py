@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ from hf_attn.integrations.peft import hooks
 from hf_attn.models.adapters import FILE, WEIGHTS
 from tests.budget import assert_as_good_as_eager
 from tests.integrations.transformers.tiny import tokens
+from tests.loopback_hub import run_python
 from tests.models.families import HOSTS, MOBA, host
 
 peft = pytest.importorskip("peft")
@@ -227,3 +229,72 @@ def test_the_trainer_writes_the_file(tmp_path):
     assert (tmp_path / "checkpoint-1" / FILE).is_file()
     trainer.save_model(str(tmp_path / "result"))
     assert (tmp_path / "result" / FILE).is_file()
+
+
+def with_mechanism(source):
+    """A plain Llama under MoBA with a random LoRA."""
+    hf_attn.apply(source, "moba", block_size=4, top_k=2, min_tokens=0, layers={"-1": None})
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(source, config).eval()
+
+
+@pytest.mark.parametrize("how", ["model", "folder", "model with the mechanism"])
+@torch.no_grad()
+def test_an_adapter_restores_its_mechanism(how, tmp_path):
+    host("llama").save_pretrained(tmp_path / "plain")
+    model = with_mechanism(host("llama"))
+    want = model(IDS).logits
+    model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / WEIGHTS).exists()
+    base = tmp_path / "plain" if how == "folder" else host("llama")
+    if how == "model with the mechanism":
+        hf_attn.apply(base, "moba", block_size=4, top_k=2, min_tokens=0, layers={"-1": None})
+    again = hf_attn.load_adapter(base, tmp_path / "adapter").eval()
+    assert again.get_base_model().config.hf_attn == model.get_base_model().config.hf_attn
+    assert torch.equal(again(IDS).logits, want)
+    with pytest.warns(UserWarning, match=r"was trained with \{'mechanism': 'moba'.*use hf_attn.load_adapter"):
+        dense = peft.PeftModel.from_pretrained(host("llama"), tmp_path / "adapter").eval()
+    assert (dense(IDS).logits - want).abs().max() > 1e-3
+
+
+def test_wrong_bases_of_an_adapter_with_a_mechanism(tmp_path):
+    with_mechanism(host("llama")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="which is a llama model; .* is a qwen2 model"):
+        hf_attn.load_adapter(host("qwen2"), tmp_path)
+    other = hf_attn.apply(host("llama"), "streaming", window=8)
+    with pytest.raises(ValueError, match=r"uses \{'mechanism': 'streaming'.*hf_attn.remove"):
+        hf_attn.load_adapter(other, tmp_path)
+    changed = host("llama")
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight.add_(1)
+    with pytest.raises(ValueError, match="Use the checkpoint the adapter was trained on"):
+        hf_attn.load_adapter(changed, tmp_path)
+
+
+PLAIN_PROCESS = """
+import sys, warnings
+import hf_attn
+assert "peft" not in sys.modules
+import importlib.util
+assert importlib.util.find_spec("peft") is not None and "peft" not in sys.modules
+import peft
+from transformers import AutoModelForCausalLM
+try:
+    peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {adapter!r})
+except ValueError as error:
+    assert "its new weights would be lost" in str(error), error
+else:
+    raise SystemExit("nothing was raised")
+import os
+os.remove({adapter!r} + "/hf_attn.json")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {adapter!r})
+assert any("PEFT dropped 2 weights" in str(w.message) and "k_conv1d" in str(w.message) for w in caught), caught
+"""
+
+
+def test_a_process_without_converted_models(saved):
+    """`import hf_attn` is enough: PEFT on the plain base raises, and without the file it warns of what it dropped."""
+    code = PLAIN_PROCESS.format(base=str(saved[0] / "plain"), adapter=str(saved[0] / "adapter"))
+    run_python(code, dict(os.environ))

@@ -136,7 +136,7 @@ def test_adapter_round_trip(tmp_path):
     )
     torch.manual_seed(2)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.requires_grad:
                 weight.copy_(torch.randn_like(weight) * 0.1)
     want = output(model.eval())

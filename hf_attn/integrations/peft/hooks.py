@@ -1,7 +1,7 @@
-"""Three methods of PeftModel also tell us: after an adapter was saved, and before one is loaded or pushed.
+"""Three methods of PeftModel also tell us: after an adapter was saved, before and after one is loaded, before a push.
 
-Installed when the first converted model of a process comes into being, never by `import hf_attn` alone. They act on
-adapters of converted models only.
+Installed when PEFT is imported in a process that has imported hf_attn. They act on adapters with `hf_attn.json`, and on
+those whose weights the base lacks.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ def install(
     after_save: Callable[[Any, Path, str], None],
     before_load: Callable[[Any, str, dict], None],
     before_push: Callable[[Any, str, dict], None],
+    after_load: Callable[[Any, str, list[str]], None],
 ) -> None:
-    """Call `after_save(model, folder, adapter)`, `before_load(model, adapter's repository, options)` and
-    `before_push(model, repository, options)`.
+    """Call `after_save(model, folder, adapter)`, `before_load(model, adapter's repository, options)`,
+    `before_push(model, repository, options)` and `after_load(model, adapter's repository, weights the base lacks)`.
 
     Harmless when repeated, and without PEFT.
     """
@@ -45,7 +46,9 @@ def install(
     @functools.wraps(load)
     def load_adapter(self, model_id, *arguments, **options):
         before_load(self, os.fspath(model_id), options)
-        return load(self, model_id, *arguments, **options)
+        result = load(self, model_id, *arguments, **options)
+        after_load(self, os.fspath(model_id), list(getattr(result, "unexpected_keys", ())))
+        return result
 
     @functools.wraps(push)
     def push_to_hub(self, repo_id, *arguments, **options):

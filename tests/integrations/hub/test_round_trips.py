@@ -161,3 +161,33 @@ def test_example(loopback, tiny_model):
     assert model == 0 and adapter < 1e-4
     assert "hf_attn.json" in hub.repos["me/moba-adapter"].files
     assert "LoRA on q_proj" in hub.repos["me/moba-converted"].files["README.md"].decode()
+
+
+SYSTEMS = """
+import hf_attn
+from tests.models.families import host
+from tests.models.test_moh_vit import PIXELS, convert, vit
+heads = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+for name, options in (
+    ("moh", {"shared_heads": [0, 1], "top_k": 2, "tokens": IDS, "router": "learned"}),
+    ("uoe", {"attn_top_k": 1}),
+    ("landmark", {"block_size": 4, "top_k": 2, "train_length": 64}),
+):
+    model = hf_attn.convert(host("llama", **heads), name, **options)
+    hf_attn.set_card(model, data="random bytes", license="apache-2.0", lengths="any")
+    model.push_to_hub(f"me/{name}")
+model = convert(vit())
+hf_attn.set_card(model, data="random images", license="apache-2.0", lengths="20 x 20 pixels")
+model.push_to_hub("me/moh-vit")
+"""
+
+
+def test_every_family_pushes_its_card(loopback, tmp_path):
+    hub, environment = loopback
+    run_python(COMMON + SYSTEMS, environment)
+    for name in ("moh", "uoe", "landmark", "moh-vit"):
+        files = hub.repos[f"me/{name}"].files
+        card = tmp_path / "README.md"
+        card.write_bytes(files["README.md"])
+        check_card(card)
+        assert f'from_pretrained("me/{name}")' in card.read_text() and "modeling_hf_attn.py" in files
