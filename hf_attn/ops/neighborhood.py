@@ -32,6 +32,7 @@ def neighborhood_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     key_mask: Tensor | None = None,
+    additional_key_mask: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -54,6 +55,7 @@ def neighborhood_attention(
         additional_keys, additional_values: `[B, M, Hkv, D]`, `[B, M, Hkv, Dv]`, keys off the grid (text, registers)
             that every query sees, in the same softmax.
         key_mask: bool `[B, *space]`, False hides a key (padding); queries there are computed all the same.
+        additional_key_mask: bool `[B, M]`, the same for additional keys.
         return_lse: also return the logarithm of the softmax denominator, `[B, *space, Hq]`, fp32 (fp64 for fp64).
         backend: "auto" (HF_ATTN_BACKEND, else the fastest for the device), "reference", "torch", "triton", or where
             they are installed "flex" (FlexAttention) and "natten".
@@ -64,7 +66,8 @@ def neighborhood_attention(
     space = _check_grid(query, key, value)
     geometry = _geometry(space, kernel_size, stride, dilation, is_causal)
     check_rpb(rpb, query.shape[-2], geometry)
-    keys, values, mask = _with_extra(key, value, additional_keys, additional_values, key_mask, space)
+    masks = (key_mask, additional_key_mask)
+    keys, values, mask = _with_extra(key, value, additional_keys, additional_values, masks, space)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     require_one_of("backend", backend, _BACKENDS)
     query, keys, values = autocast(query.flatten(1, -3), keys, values)
@@ -287,18 +290,26 @@ def _check_heads_first(first: str, one: Tensor, second: str, other: Tensor) -> t
 
 
 def _with_extra(
-    key: Tensor, value: Tensor, more_keys: Tensor | None, more_values: Tensor | None, mask: Tensor | None, space: tuple
+    key: Tensor,
+    value: Tensor,
+    more_keys: Tensor | None,
+    more_values: Tensor | None,
+    masks: tuple[Tensor | None, Tensor | None],
+    space: tuple[int, ...],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values `[B, N + M, Hkv, ...]` and a mask `[B, N + M]`."""
     if (more_keys is None) != (more_values is None):
         raise ValueError("additional_keys and additional_values must be given together, got one of them")
     batch, heads = key.shape[0], key.shape[-2]
+    mask, more_mask = masks
     if mask is not None:
         if tuple(mask.shape) != (batch, *space) or mask.dtype != torch.bool:
             raise ValueError(f"key_mask must be bool {[batch, *space]}, got {mask.dtype} {list(mask.shape)}")
         mask = mask.flatten(1)
     key, value = key.flatten(1, -3), value.flatten(1, -3)
     if more_keys is None or more_values is None:
+        if more_mask is not None:
+            raise ValueError("additional_key_mask needs additional_keys, got none")
         return key, value, mask
     count = more_keys.shape[1] if more_keys.dim() == 4 else -1
     for name, more, own in (("additional_keys", more_keys, key), ("additional_values", more_values, value)):
@@ -308,8 +319,14 @@ def _with_extra(
                 f"{name} must be [{batch}, tokens, {heads}, {own.shape[-1]}] in {own.dtype} and as many as "
                 f"additional_keys, got {list(more.shape)} {more.dtype}"
             )
-    if mask is not None:
-        mask = torch.nn.functional.pad(mask, (0, count), value=True)
+    if more_mask is not None and (tuple(more_mask.shape) != (batch, count) or more_mask.dtype != torch.bool):
+        raise ValueError(
+            f"additional_key_mask must be bool {[batch, count]}, got {more_mask.dtype} {list(more_mask.shape)}"
+        )
+    if mask is not None or more_mask is not None:
+        shown = key.new_ones(batch, max(math.prod(space), count), dtype=torch.bool)
+        mask = shown[:, : math.prod(space)] if mask is None else mask
+        mask = torch.cat([mask, shown[:, :count] if more_mask is None else more_mask], 1)
     return torch.cat([key, more_keys], 1), torch.cat([value, more_values], 1), mask
 
 

@@ -54,6 +54,8 @@ def random_case(seed: int) -> tuple[dict[str, Tensor], dict]:
     options = {**window, "scale": rng.choice([None, 0.3])}
     if rng.random() < 0.25:
         options["key_mask"] = torch.rand(batch, *space) < 0.6
+    if extra and rng.random() < 0.5:
+        options["additional_key_mask"] = torch.rand(batch, extra) < 0.6
     return leaves, options
 
 
@@ -278,6 +280,10 @@ GRID = {name: torch.randn(1, 6, 8, 2, 4) for name in ("query", "key", "value")}
             "additional_values must be .* as many as",
         ),
         ({"kernel_size": 3, "key_mask": torch.ones(1, 8, 6, dtype=torch.bool)}, r"key_mask must be bool \[1, 6, 8\]"),
+        (
+            {"kernel_size": 3, "additional_key_mask": torch.ones(1, 3).bool()},
+            "additional_key_mask needs additional_keys",
+        ),
         ({"kernel_size": 3, "backend": "cutlass"}, "backend must be one of"),
         ({"kernel_size": 3, "key": torch.randn(1, 6, 8, 3, 4), "value": torch.randn(1, 6, 8, 3, 4)}, "multiple of"),
         ({"kernel_size": 3, "query": torch.randn(1, 8, 8, 2, 4)}, "agree in batch, space and head_dim"),
