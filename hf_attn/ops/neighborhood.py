@@ -72,7 +72,8 @@ def neighborhood_attention(
     require_one_of("backend", backend, _BACKENDS)
     query, keys, values = autocast(query.flatten(1, -3), keys, values)
     if backend in ("flex", "natten"):
-        raise ValueError(f"backend={backend!r} is not available here; use 'auto'")
+        out, lse = _named(backend, query, keys, values, rpb, mask, geometry, scale)
+        return (out.unflatten(1, space), lse.unflatten(1, space)) if return_lse else out.unflatten(1, space)
     path = _path("neighborhood_attention", backend, query, query.shape[3], values.shape[3])
     out, lse = _attend(path, query, keys, values, rpb, mask, geometry, scale, return_lse)
     out = out.unflatten(1, space)
@@ -337,6 +338,39 @@ def _path(op: str, backend: str, query: Tensor, *head_dims: int) -> Path:
     if backend in ("reference", "torch"):
         return backend
     return choose_path(op, query, *head_dims)
+
+
+def _named(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    mask: Tensor | None,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """FlexAttention or natten, which "auto" never chooses."""
+    if rpb is not None or mask is not None:
+        raise ValueError(f"backend={backend!r} has no rpb and no key masks; use 'auto'")
+    if backend == "flex":
+        from hf_attn.ops.hfattn_sparse.neighborhood import flex_path
+
+        return flex_path.forward(query, key, value, windows=_windows(geometry), scale=scale)
+    try:
+        import natten
+    except ImportError as error:
+        raise RuntimeError("backend='natten' needs the package natten, which is not installed; use 'auto'") from error
+    space, kernel, stride, dilation, causal = (tuple(x) for x in geometry)
+    count, extra = math.prod(space), {}
+    if key.shape[1] > count:
+        extra = {"additional_keys": key[:, count:], "additional_values": value[:, count:]}
+    function = getattr(natten, f"na{len(space)}d")
+    out, lse = function(
+        query.unflatten(1, space), key[:, :count].unflatten(1, space), value[:, :count].unflatten(1, space),
+        kernel_size=kernel, stride=stride, dilation=dilation, is_causal=causal, scale=scale, return_lse=True, **extra,
+    )  # fmt: skip
+    return out.flatten(1, -3), lse.flatten(1, -2)
 
 
 def _unfused_path(op: str, backend: str, tensor: Tensor) -> Path:

@@ -152,6 +152,28 @@ def test_stride_of_the_window_is_blocked_attention():
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", [0, 3, 8, 11])
+def test_flex_equals_the_reference(seed):
+    leaves, options = random_case(seed)
+    for name in ("rpb", "key_mask", "additional_key_mask"):
+        leaves.pop(name, None), options.pop(name, None)
+    leaves = {name: x.detach().float() for name, x in leaves.items()}
+    for name, dim in (("query", 8), ("key", 8), ("additional_keys", 8), ("value", 8), ("additional_values", 8)):
+        if name in leaves:
+            leaves[name] = torch.randn(*leaves[name].shape[:-1], dim)
+    got, expected = (
+        ops.neighborhood_attention(**leaves, **options, return_lse=True, backend=b) for b in ("flex", "reference")
+    )
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_backends_that_cannot_serve_say_so():
+    with pytest.raises(RuntimeError, match="needs the package natten"):
+        ops.neighborhood_attention(**GRID, kernel_size=3, backend="natten")
+    with pytest.raises(ValueError, match="backend='flex' has no rpb"):
+        ops.neighborhood_attention(**GRID, kernel_size=3, rpb=torch.randn(2, 5, 5), backend="flex")
+
+
 def test_gradcheck_with_bias_and_extra_keys():
     make = {"dtype": torch.float64, "requires_grad": True}
     tensors = [torch.randn(1, 5, 6, 2, 3, **make) for _ in range(3)]
