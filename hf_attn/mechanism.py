@@ -211,6 +211,7 @@ class Capabilities:
 
     `bidirectional`: layers that are not causal (encoders, vision towers); without it they are refused.
     `documents`: prompts of documents that do not see each other (`TokenLayout.documents`).
+    `latent_grid`: needs the token grid of a diffusion transformer; transformers models have none and are refused.
     """
 
     train: bool = True
@@ -223,6 +224,7 @@ class Capabilities:
     diffusers: bool = False
     extra_weights: bool = False
     documents: bool = False
+    latent_grid: bool = False
 
 
 @dataclass(frozen=True)

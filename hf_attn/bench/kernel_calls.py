@@ -260,6 +260,27 @@ def _head_routed_gradients(shape: Shape) -> tuple[Any, ...]:
     return torch.randn_like(out), *given[:5], out, lse, *given[5:7]
 
 
+def _linear(q_len: int | None = None) -> Callable[[Shape], tuple[Any, ...]]:
+    """A slope a head behind an initial state; with `Shape.index` two packed sequences and a slope a token."""
+
+    def arguments(shape: Shape) -> tuple[Any, ...]:
+        length = shape.q_len if q_len is None else q_len
+        shape = replace(shape, k_len=length, kv_heads=shape.heads)
+        query, key, value = shape.tensors(length)
+        borders = torch.tensor([0, length // 4, length], device=shape.device) if shape.index else None
+        slopes = torch.rand(*((1, shape.heads, length) if shape.index else (shape.heads,)), device=shape.device)
+        state = torch.randn(2 if shape.index else 1, shape.heads, key.shape[3], value.shape[3], device=shape.device)
+        return query, key, value, slopes, state, borders, 1.0, 64
+
+    return arguments
+
+
+def _linear_gradients(shape: Shape) -> tuple[Any, ...]:
+    given = _linear()(shape)
+    out, state = _find(_LINEAR[0])(*given)
+    return torch.randn_like(out), torch.randn_like(state), *given
+
+
 def _backward(op: str, tensors: int, forward: Callable[[Shape], tuple[Any, ...]]) -> Callable[[Shape], tuple[Any, ...]]:
     """Arguments of a backward op: gradients, the first `tensors` arguments of the forward, its results, its options."""
 
@@ -291,6 +312,8 @@ _HEAD_ROUTED_BACKWARD = (
     "head_routed.triton_op:head_routed_attention_backward",
     "head_routed.op:head_routed_attention_backward",
 )
+_LINEAR = "linear.triton_op:linear_attention", "linear.op:linear_attention"
+_LINEAR_BACKWARD = "linear.triton_op:linear_attention_backward", "linear.op:linear_attention_backward"
 _sparse_gradients = _backward(_SPARSE[0], 6, _block_sparse())
 _routed_gradients = _backward(_ROUTED[0], 5, _routed())
 
@@ -325,6 +348,9 @@ CALLS = (
     KernelCall("head-routed attention", *_HEAD_ROUTED, _head_routed()),
     KernelCall("head-routed attention: decode", *_HEAD_ROUTED, _head_routed(1)),
     KernelCall("head-routed attention: backward", *_HEAD_ROUTED_BACKWARD, _head_routed_gradients),
+    KernelCall("linear attention", *_LINEAR, _linear()),
+    KernelCall("linear attention: decode", *_LINEAR, _linear(1)),
+    KernelCall("linear attention: backward", *_LINEAR_BACKWARD, _linear_gradients),
 )
 
 

@@ -223,7 +223,7 @@ MECHANISM = Mechanism(
     summary="an axis order for each head, static block masks, INT8 / INT4; calibrated, for video and image models",
     source="PAROAttention, arXiv 2506.16054",
     config=ParoAttentionConfig,
-    capabilities=Capabilities(decode=False, packing=False, triton=True, diffusers=True),
+    capabilities=Capabilities(decode=False, packing=False, triton=True, diffusers=True, latent_grid=True),
     attend=attend,
     select=select,
     attended=attended,

@@ -291,7 +291,7 @@ MECHANISM = Mechanism(
     summary="each query token chooses 1D, 2D or 3D key blocks, in turn over the layers; for training video models too",
     source="VMoBA, arXiv 2506.23858",
     config=VMoBAConfig,
-    capabilities=Capabilities(decode=False, packing=False, diffusers=True),
+    capabilities=Capabilities(decode=False, packing=False, diffusers=True, latent_grid=True),
     attend=attend,
     attended=attended,
     describe=describe,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_attn.integrations.transformers.auto import Family, register
 
+_DINAT = "hf_attn.models.dinat"
 _LANDMARK = "hf_attn.models.landmark"
 _MOBA = "hf_attn.models.moba"
 _MOH = "hf_attn.models.moh"
@@ -53,6 +54,16 @@ FAMILIES = (
     Family("moh_qwen2", _MOH, "MoHQwen2Config", "MoHQwen2Model", "MoHQwen2ForCausalLM"),
     Family("moh_qwen3", _MOH, "MoHQwen3Config", "MoHQwen3Model", "MoHQwen3ForCausalLM"),
     Family("moh_mistral", _MOH, "MoHMistralConfig", "MoHMistralModel", "MoHMistralForCausalLM"),
+    Family(
+        "nat",
+        _DINAT,
+        "NatConfig",
+        "NatAttnModel",
+        heads=(
+            ("AutoModelForImageClassification", "NatAttnForImageClassification"),
+            ("AutoBackbone", "NatAttnBackbone"),
+        ),
+    ),
 )
 
 # Name for `hf_attn.convert` -> module with a `CONVERSION` (hf_attn.models.conversion.Conversion).

@@ -13,6 +13,7 @@ if (_kernel_sources / ".hf_attn_kernels").is_file():
 
 from hf_attn.ops.backend import choose_path  # noqa: E402
 from hf_attn.ops.block_sparse import block_sparse_attention  # noqa: E402
+from hf_attn.ops.deformable import ms_deform_attn  # noqa: E402
 from hf_attn.ops.dense import dense_attention  # noqa: E402
 from hf_attn.ops.documents import document_attention, document_scores  # noqa: E402
 from hf_attn.ops.grouped import grouped_softmax_attention  # noqa: E402
@@ -59,6 +60,7 @@ __all__ = [
     "key_block_major",
     "key_convolution",
     "linear_attention",
+    "ms_deform_attn",
     "merge_attentions",
     "na_av",
     "na_qk",

@@ -77,6 +77,10 @@ def linear_attention(
 def _form(path: Path) -> Callable[..., tuple[Tensor, Tensor]]:
     from hf_attn.ops.hfattn_sparse.linear import op
 
+    if path == "triton":
+        from hf_attn.ops.hfattn_sparse.linear import triton_op
+
+        return triton_op.linear_attention
     return op.run_reference if path == "reference" else op.linear_attention
 
 

@@ -30,6 +30,18 @@ CALLS = {
         lambda q, k, v: kernel.routed_block_attention(q, k, v, ROUTES.to(DEVICE), block_size=8),
     ),
 }
+STATS = {"page_size": 10, "logical_page_size": 5}
+CALLS |= {
+    "linear_attention": ("linear", lambda q, k, v: kernel.linear_attention(q, q, q + 1, torch.tensor([0.1, 0.4]))),
+    "page_statistics": ("paged", lambda q, k, v: kernel.page_statistics(k, **STATS)),
+    "page_scores": ("paged", lambda q, k, v: kernel.page_scores(q[:, :, 0], kernel.page_statistics(k, **STATS))),
+    "paged_attention": (
+        "paged",
+        lambda q, k, v: kernel.paged_attention(
+            q[:, :, 0], *(t.unflatten(2, (2, 10)) for t in (k, v)), torch.tensor([[[1, -1]]]), length=torch.tensor([17])
+        ),
+    ),
+}
 SIZES = {"block_q": 8, "block_k": 8}
 
 

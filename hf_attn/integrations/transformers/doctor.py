@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from hf_attn.call import AttentionCall
 from hf_attn.integrations.transformers import model as model_verbs
-from hf_attn.integrations.transformers import silent
+from hf_attn.integrations.transformers import repairs, silent
 from hf_attn.integrations.transformers.attention import Resolved, watching
 from hf_attn.integrations.transformers.config import PREFIX, mechanism_of
 from hf_attn.integrations.transformers.registration import attention_is_registered, is_registered
@@ -90,8 +90,12 @@ def _check_names(model: PreTrainedModel, report: DoctorReport) -> str | None:
     implementations = model_verbs.implementations(model.config)
     ours = {target: impl for target, impl in implementations.items() if mechanism_of(impl)}
     wanted = (model.config.hf_attn or {}).get("mechanism")
+    mended = repairs.installed(model)
+    report.lines += [f"repairs: {', '.join(mended)}"] if mended else []
     if not ours:
-        if wanted is None:
+        if wanted is None and mended:
+            report.lines.append("no mechanism is set: the layers that are not repaired run as the model has them")
+        elif wanted is None:
             report.problems.append("no mechanism is set; call hf_attn.apply(model, name), e.g. name='moba'")
         else:
             report.problems.append(

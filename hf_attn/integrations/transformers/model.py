@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from hf_attn.integrations.transformers import registration
+from hf_attn.integrations.transformers import registration, repairs
 from hf_attn.integrations.transformers import stats as counters
 from hf_attn.integrations.transformers.config import (
     PREFIX,
@@ -46,7 +46,8 @@ def apply(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
         model: a transformers model: a decoder language model, an encoder or vision model (mechanisms that support
             bidirectional layers), a multimodal model (its text model, or what `targets` names), or an encoder-decoder
             (self-attention; cross-attention stays dense and is counted).
-        name: a mechanism's name, as `hf_attn.list_mechanisms()` shows them.
+        name: a mechanism's name, as `hf_attn.list_mechanisms()` shows them, or a repair of a model whose attention code
+            is its own: "lightning" for MiniMax. A repair is not saved with the model.
         options: the mechanism's options; `layers={index or slice: options or None}` for single layers (None = dense),
             `targets=[...]` for the sub-configs of a multimodal model (default: its text model), `required=True` to make
             the saved checkpoint refuse to load without hf-attn.
@@ -55,6 +56,9 @@ def apply(model: PreTrainedModel, name: str, **options: Any) -> PreTrainedModel:
     unknown names, options, layers or targets, and for models that would ignore the mechanism or that it cannot serve
     (soft-capping, attention sinks, position biases, bidirectional layers of a causal mechanism in an encoder-decoder).
     """
+    if repairs.known(name, model):
+        repairs.install(name, model, options)
+        return model
     value = {"mechanism": name, **options}
     mechanism, config = parse_config(mechanism_options(value, name) | {"mechanism": name})
     targets = target_names(model.config, value)
@@ -82,8 +86,9 @@ def remove(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `apply`: implementation and `config.hf_attn` as they were before the first of several applies.
 
     A model that was loaded with a mechanism goes to the implementation transformers would choose by itself, without
-    `config.hf_attn`. Does nothing to a model without a mechanism. Returns the model.
+    `config.hf_attn`. Repairs are taken out too. Does nothing to a model without a mechanism. Returns the model.
     """
+    repairs.undo(model)
     before = _PREVIOUS.pop(model, None)
     if before is None:
         ours = {name: impl for name, impl in implementations(model.config).items() if mechanism_of(impl)}
@@ -100,6 +105,7 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
 
     Returns
         mechanism, options: what is set now (mechanism None when none is).
+        repairs: names of the repairs in the model.
         layers: {layer number (module name where numbers repeat): calls, sparse_calls, dense_calls, dense_reasons,
             paths, computed_pairs, visible_pairs, density, counts, last_q_len, last_k_len}; only layers that were
             called through hf_attn. `counts` holds the mechanism's own numbers (lserve: pages read, ...).
@@ -110,7 +116,13 @@ def stats(model: PreTrainedModel) -> dict[str, Any]:
     """
     name, options = active(model)
     layers = counters.model_stats(model)
-    return {"mechanism": name, "options": options, "layers": layers, "totals": counters.totals(layers)}
+    return {
+        "mechanism": name,
+        "options": options,
+        "repairs": repairs.installed(model),
+        "layers": layers,
+        "totals": counters.totals(layers),
+    }
 
 
 def reset_stats(model: PreTrainedModel) -> None:
@@ -131,8 +143,13 @@ def active(model: PreTrainedModel) -> tuple[str | None, dict[str, Any]]:
 
 def refuse_model(model: PreTrainedModel, name: str) -> None:
     """Raise ValueError for model classes that would ignore an attention implementation, or need what `name` lacks."""
-    bidirectional = get_mechanism(name).capabilities.bidirectional
-    if getattr(model.config, "is_encoder_decoder", False) and not bidirectional:
+    able = get_mechanism(name).capabilities
+    if able.latent_grid:
+        raise ValueError(
+            f"{PREFIX}{name} works on the latent grid of diffusion transformers, which {type(model).__name__} does not "
+            "have; apply it to a diffusers pipeline, or use 'moba' or 'streaming' here (hf_attn.list_mechanisms())"
+        )
+    if getattr(model.config, "is_encoder_decoder", False) and not able.bidirectional:
         raise ValueError(
             f"{PREFIX}{name} needs causal attention, but the encoder of {type(model).__name__} is not causal; use "
             "'moba', or a decoder-only language model"

@@ -124,3 +124,11 @@ def test_packed_rows_beside_an_encoder():
     heads, packed = torch.zeros(1, 4, 5, 8), {"cu_seq_lens_q": torch.tensor([0, 2, 5])}
     with pytest.raises(ValueError, match=r"does not support packed rows .* with cross-attention; pass one sequence"):
         attention_forward(module, heads, heads, heads, None, hf_attn_name="exact", **packed)
+
+
+@pytest.mark.parametrize("name", ["vmoba", "paroattention"])
+def test_mechanisms_of_video_models_are_refused_at_once(name):
+    model = build("llama")
+    with pytest.raises(ValueError, match="latent grid of diffusion transformers"):
+        hf_attn.apply(model, name)
+    assert model.config.hf_attn is None and model.config._attn_implementation == "sdpa"

@@ -44,6 +44,7 @@ def test_apply_and_remove_restore_everything():
     assert hf_attn.stats(model) == {
         "mechanism": None,
         "options": {},
+        "repairs": [],
         "layers": {},
         "totals": {
             "layers": 0,

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from .block_sparse import op as block_sparse_op
+from .linear import op as linear_op
+from .paged import op as paged_op
+from .paged import selection as page_selection
 from .routed import op as routed_op
 from .selection import op as selection_op
 from .selection.rule import RULES
@@ -106,6 +109,83 @@ def select_blocks(
     run = _choose(query, key, "selection", "select_blocks_triton", selection_op.select_blocks)
     arguments = (block_q, block_k, rule, float(amount), sinks, local, causal, _scale(query, scale), sequences)
     return run(query.detach(), key.detach(), index, *arguments)
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    block_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """out_t = scale * q_t S_t with S_t = exp(-slope_t) S_{t-1} + k_t^T v_t: out `[B, H, N, E]` and the last state.
+
+    Args:
+        query, key, value: `[B, H, N, D]`, `[B, H, N, D]`, `[B, H, N, E]`.
+        slopes: log-decays >= 0, `[H]` or `[B, H, N]`; constants.
+        initial_state: fp32 `[B | sequences, H, D, E]`.
+        cu_seqlens: int `[sequences + 1]` with batch 1: sequences end to end, the state restarts at each.
+        block_size: tokens whose pairs the PyTorch form computes at a time.
+
+    Differentiable in query, key, value and initial_state; the state is fp32 (fp64 in fp64).
+    """
+    _check(query, key, value)
+    if key.shape[1] != query.shape[1] or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"linear attention needs as many keys as queries, in heads and tokens, got {tuple(query.shape)} and "
+            f"{tuple(key.shape)}"
+        )
+    run = _choose(query, value, "linear", "linear_attention", linear_op.linear_attention)
+    return run(query, key, value, slopes.detach(), initial_state, cu_seqlens, float(scale), block_size)
+
+
+def page_statistics(key: Tensor, *, page_size: int, logical_page_size: int) -> Tensor:
+    """Largest and smallest key of every logical page, `[B, H, pages, page_size / logical_page_size, 2, D]`.
+
+    key: `[B, H, N, D]`; pages hold `page_size` tokens, a multiple of `logical_page_size`.
+    """
+    run = _choose(key, key, "paged", "page_statistics", paged_op.page_statistics)
+    return run(key.detach(), page_size, logical_page_size)[0]
+
+
+def page_scores(query: Tensor, stats: Tensor) -> Tensor:
+    """Upper bound of q.k over each page, fp32 `[B, Hq, pages]`; query `[B, Hq, D]`, stats from `page_statistics`."""
+    run = _choose(query[:, :, None], query[:, :, None], "paged", "page_scores", paged_op.page_scores)
+    return run(query.detach(), stats.detach(), False)
+
+
+def select_pages(scores: Tensor, last: Tensor, *, count: int) -> Tensor:
+    """The `count` best pages before page `last` (int64 `[B]`) of every head, int64 `[B, H, count]`, -1 where fewer."""
+    return page_selection.select_pages(scores, last, count)
+
+
+def paged_attention(
+    query: Tensor, key: Tensor, value: Tensor, pages: Tensor, *, length: Tensor, scale: float | None = None
+) -> Tensor:
+    """softmax(scale * q.k) v of one query a row over the tokens of the listed pages: `[B, Hq, Dv]`.
+
+    Args:
+        query: `[B, Hq, D]`.
+        key, value: pages `[B, Hkv, n, P, D]` and `[B, Hkv, n, P, Dv]`.
+        pages: int64 `[B, Hkv | Hq, W]`, -1 padded; only these are read.
+        length: int64 `[B]`, tokens stored in each row.
+
+    Not differentiable in key and value; rows without a token give 0.
+    """
+    if query.dim() != 3 or key.dim() != 5 or value.shape[:4] != key.shape[:4] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            "query must be [B, Hq, D] and key and value pages [B, Hkv, n, P, D] with Hq a multiple of Hkv, got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    run = _choose(query[:, :, None], value[:, :, 0], "paged", "paged_attention", paged_op.paged_attention)
+    scale = 1 / math.sqrt(query.shape[2]) if scale is None else float(scale)
+    stored = (key, None, None, None, value, None, None, None)
+    with torch.no_grad():
+        return run(query, *stored, pages, length, scale, None, None, None, 0, None)
 
 
 def _choose(query: Tensor, value: Tensor, family: str, name: str, torch_form: Callable[..., Any]) -> Callable[..., Any]:

@@ -99,7 +99,7 @@ def _(grad_out, grad_state, query, key, value, slopes, state, cu_seqlens, scale,
     return *grads, torch.empty_like(grad_state, memory_format=torch.contiguous_format)
 
 
-def _save_for_backward(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
     query, key, value, slopes, state, cu_seqlens, *ctx.options = inputs
     ctx.save_for_backward(query, key, value, slopes, state, cu_seqlens)
     ctx.set_materialize_grads(True)
@@ -113,7 +113,7 @@ def _backward(ctx, grad_out, grad_state):
     return *grads[:3], None, grad_initial, None, None, None
 
 
-linear_attention.register_autograd(_backward, setup_context=_save_for_backward)
+linear_attention.register_autograd(_backward, setup_context=save_for_backward)
 
 
 def _sequences(cu_seqlens: Tensor, state: Tensor | None) -> list[tuple[slice, Tensor | None]]:
