@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_attn.checks import require_one_of
-from hf_attn.ops.backend import Path, autocast, choose_path
+from hf_attn.ops.backend import Path, autocast, choose_path, triton_obstacle
 
 # An integer for all axes, or one entry an axis.
 Sizes = int | Sequence[int]
@@ -337,6 +337,11 @@ def _with_extra(
 def _path(op: str, backend: str, query: Tensor, *head_dims: int) -> Path:
     if backend in ("reference", "torch"):
         return backend
+    if backend == "triton":
+        obstacle = triton_obstacle(query, head_dims)
+        if obstacle is not None:
+            raise RuntimeError(f"backend='triton' cannot run {op}: {obstacle}; use 'auto', 'torch' or 'reference'")
+        return backend
     return choose_path(op, query, *head_dims)
 
 
@@ -404,4 +409,6 @@ def _attend(
 
     if path == "reference":
         return op.run_reference(query, key, value, rpb, mask, _windows(geometry), scale)
+    if path == "triton":
+        from hf_attn.ops.hfattn_sparse.neighborhood import triton_op as op
     return op.neighborhood_attention(query, key, value, rpb, mask, *geometry, scale, want_lse)

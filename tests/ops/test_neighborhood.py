@@ -16,8 +16,10 @@ from hf_attn.ops.hfattn_sparse.neighborhood.unfused_op import na_av, na_qk
 from tests.budget import assert_as_good_as_eager
 
 
-def random_case(seed: int) -> tuple[dict[str, Tensor], dict]:
-    """Leaves in fp64 and options of one random call."""
+def random_case(
+    seed: int, *, dims: tuple[tuple[int, int], ...] = ((4, 4), (5, 3), (8, 16)), largest: int = 30
+) -> tuple[dict[str, Tensor], dict]:
+    """Leaves in fp64 and options of one random call; dims: choices of D and Dv; largest: slack of a 1-D grid."""
     rng = random.Random(seed)
     rank = rng.choice([1, 2, 3])
     with_bias = rng.random() < 0.3
@@ -26,7 +28,9 @@ def random_case(seed: int) -> tuple[dict[str, Tensor], dict]:
         kernel = rng.randint(2, (9, 5, 3)[rank - 1])
         kernel += with_bias and kernel % 2 == 0
         dilation = rng.choice([1, 1, 2, 3])
-        space.append(kernel * dilation + rng.randint(0, (30, 9, 4)[rank - 1]))
+        space.append(
+            kernel * dilation + rng.randint(0, (largest, min(largest // 3, 9), min(largest // 6, 4))[rank - 1])
+        )
         for name, value in (
             ("kernel_size", kernel),
             ("dilation", dilation),
@@ -35,7 +39,7 @@ def random_case(seed: int) -> tuple[dict[str, Tensor], dict]:
         ):
             window[name].append(value)
     batch, kv_heads, group = rng.choice([1, 2]), rng.choice([1, 2]), rng.choice([1, 3])
-    dim, value_dim, extra = *rng.choice([(4, 4), (5, 3), (8, 16)]), rng.choice([0, 0, 3])
+    dim, value_dim, extra = *rng.choice(dims), rng.choice([0, 0, 3])
     torch.manual_seed(seed)
 
     def leaf(*shape: int) -> Tensor:
