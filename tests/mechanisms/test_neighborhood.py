@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +154,10 @@ def test_a_pipeline(name):
         assert found["density"] == pytest.approx(2 ** len(axes) / torch.tensor(axes).prod().item())
     hf_attn.remove(tiny.target)
     assert torch.equal(tiny.run(), stock)
+
+
+def test_example():
+    command = [sys.executable, "examples/neighborhood_video.py", "--grid", "4x8x8", "--kernel", "2x3x3"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "7.0% of the pairs" in done.stdout and done.stdout.count("#") == 8

@@ -39,6 +39,11 @@ def backward_kernel(
     low0, high0, at0 = axis_bounds(kinds, tables, tile, 0, i0, widest)
     low1, high1, at1 = axis_bounds(kinds, tables, tile, 1, i1, widest)
     low2, high2, at2 = axis_bounds(kinds, tables, tile, 2, i2, widest)
+    # Entry of a pair in the bias table: code of the key minus code of the query.
+    own_code = (at0 * w1 + at1) * w2 + at2 - (w0 // 2 * w1 + w1 // 2) * w2 - w2 // 2
+    if HAS_BIAS:
+        bias += head.to(tl.int64) * w0 * w1 * w2
+        grad_bias += head.to(tl.int64) * w0 * w1 * w2
     row = (batch.to(tl.int64) * total + token) * heads + head
     query = load_rows(q, token.to(tl.int64) * q_sn, q_sd, real, D, WIDTH, True, UPCAST)
     upstream = load_rows(grad_out, row * DV, 1, real, DV, WIDTH_V, True, UPCAST)
@@ -64,12 +69,9 @@ def backward_kernel(
         key = load_rows(k, place.to(tl.int64) * k_sn, k_sd, near | far, D, WIDTH, True, UPCAST)
         value = load_rows(v, place.to(tl.int64) * v_sn, v_sd, near | far, DV, WIDTH_V, True, UPCAST)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
-        where = tl.zeros([BLOCK_M, BLOCK_N], tl.int64)
+        where = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
         if HAS_BIAS:
-            r0 = e0[None, :] - at0[:, None] + w0 // 2
-            r1 = e1[None, :] - at1[:, None] + w1 // 2
-            r2 = e2[None, :] - at2[:, None] + w2 // 2
-            where = (head.to(tl.int64) * w0 + r0) * w1 * w2 + r1 * w2 + r2
+            where = ((e0 * w1 + e1) * w2 + e2)[None, :] - own_code[:, None]
             scores += tl.load(bias + where, mask=seen & near[None, :], other=0.0) * LOG2E
         weights = tl.where(seen, tl.exp2(scores - shift[:, None]), 0.0)
         kv_row = (batch.to(tl.int64) * (total + extra) + place) * (heads // group) + head // group

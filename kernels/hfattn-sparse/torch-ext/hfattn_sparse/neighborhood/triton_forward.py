@@ -60,6 +60,10 @@ def forward_kernel(
     low0, high0, at0 = axis_bounds(kinds, tables, tile, 0, i0, widest)
     low1, high1, at1 = axis_bounds(kinds, tables, tile, 1, i1, widest)
     low2, high2, at2 = axis_bounds(kinds, tables, tile, 2, i2, widest)
+    # Entry of a pair in the bias table: code of the key minus code of the query.
+    own_code = (at0 * w1 + at1) * w2 + at2 - (w0 // 2 * w1 + w1 // 2) * w2 - w2 // 2
+    if HAS_BIAS:
+        bias += head.to(tl.int64) * w0 * w1 * w2
     query = load_rows(q, token.to(tl.int64) * q_sn, q_sd, real, D, WIDTH, True, UPCAST)
     acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
@@ -82,10 +86,7 @@ def forward_kernel(
         value = load_rows(v, place.to(tl.int64) * v_sn, v_sd, near | far, DV, WIDTH_V, True, UPCAST)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         if HAS_BIAS:
-            r0 = e0[None, :] - at0[:, None] + w0 // 2
-            r1 = e1[None, :] - at1[:, None] + w1 // 2
-            r2 = e2[None, :] - at2[:, None] + w2 // 2
-            where = (head.to(tl.int64) * w0 + r0) * w1 * w2 + r1 * w2 + r2
+            where = ((e0 * w1 + e1) * w2 + e2)[None, :] - own_code[:, None]
             scores += tl.load(bias + where, mask=seen & near[None, :], other=0.0) * LOG2E
         scores = tl.where(seen, scores, NEG_INF)
         new_top = tl.maximum(top, tl.max(scores, 1))
