@@ -243,6 +243,36 @@ def _quantized(qk_bits: int | None, pv_bits: int | None, block: int = 64) -> Cal
     return arguments
 
 
+def _neighborhood(bias: bool) -> Callable[[Shape], tuple[Any, ...]]:
+    """An image of 32 rows with windows of 7 x 7; without bias causal along the height where the shape is."""
+
+    def arguments(shape: Shape) -> tuple[Any, ...]:
+        tensors = (x.transpose(1, 2) for x in replace(shape, k_len=shape.q_len).tensors())
+        rpb = torch.randn(shape.heads, 13, 13, device=shape.device) if bias else None
+        causal = [shape.causal and not bias, False]
+        return *tensors, rpb, None, [32, shape.q_len // 32], [7, 7], [1, 1], [1, 1], causal, shape.scale, True
+
+    return arguments
+
+
+def _neighborhood_gradients(shape: Shape) -> tuple[Any, ...]:
+    *tensors, space, kernel, stride, dilation, causal, scale, _ = given = _neighborhood(True)(shape)
+    out, lse = _find(_NEAR[0])(*given)
+    return (
+        torch.randn_like(out),
+        torch.randn_like(lse),
+        *tensors,
+        out,
+        lse,
+        space,
+        kernel,
+        stride,
+        dilation,
+        causal,
+        scale,
+    )
+
+
 def _head_routed(q_len: int | None = None) -> Callable[[Shape], tuple[Any, ...]]:
     """Two thirds of the heads of every token."""
 
@@ -307,6 +337,8 @@ _PAGE_SCORES = "paged.triton_op:page_scores", "paged.op:page_scores"
 _WINDOW = "windowed.triton_op:sink_window_attention", "windowed.op:sink_window_attention"
 _PYRAMID = "pyramid.triton_op:pyramid_attention", "pyramid.op:pyramid_attention"
 _QUANTIZED = "quantized.triton_op:quantized_block_attention", "quantized.op:quantized_block_attention"
+_NEAR = "neighborhood.triton_op:neighborhood_attention", "neighborhood.op:neighborhood_attention"
+_NEAR_BACKWARD = f"{_NEAR[0]}_triton_backward", "neighborhood.triton_op:torch_backward"
 _HEAD_ROUTED = "head_routed.triton_op:head_routed_attention", "head_routed.op:head_routed_attention"
 _HEAD_ROUTED_BACKWARD = (
     "head_routed.triton_op:head_routed_attention_backward",
@@ -348,6 +380,9 @@ CALLS = (
     KernelCall("head-routed attention", *_HEAD_ROUTED, _head_routed()),
     KernelCall("head-routed attention: decode", *_HEAD_ROUTED, _head_routed(1)),
     KernelCall("head-routed attention: backward", *_HEAD_ROUTED_BACKWARD, _head_routed_gradients),
+    KernelCall("neighborhood attention", *_NEAR, _neighborhood(False)),
+    KernelCall("neighborhood attention: bias", *_NEAR, _neighborhood(True)),
+    KernelCall("neighborhood attention: backward", *_NEAR_BACKWARD, _neighborhood_gradients),
     KernelCall("linear attention", *_LINEAR, _linear()),
     KernelCall("linear attention: decode", *_LINEAR, _linear(1)),
     KernelCall("linear attention: backward", *_LINEAR_BACKWARD, _linear_gradients),

@@ -22,6 +22,7 @@ TRITON_OPS = frozenset(
     {
         "block_sparse_attention",
         "head_routed_attention",
+        "neighborhood_attention",
         "linear_attention",
         "page_scores",
         "page_statistics",

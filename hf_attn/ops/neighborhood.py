@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from hf_attn.checks import require_one_of
-from hf_attn.ops.backend import Path, autocast, choose_path
+from hf_attn.ops.backend import Path, autocast, choose_path, triton_obstacle
+from hf_attn.ops.neighborhood_arguments import (
+    Flags,
+    Geometry,
+    Sizes,
+    check_grid,
+    check_heads_first,
+    check_rpb,
+    geometry_of,
+    with_extra,
+)
 
-# An integer for all axes, or one entry an axis.
-Sizes = int | Sequence[int]
-Flags = bool | Sequence[bool]
 _BACKENDS = ("auto", "reference", "torch", "triton", "flex", "natten")
-_AXES = {1: ("length",), 2: ("height", "width"), 3: ("frames", "height", "width")}
 
 
 def neighborhood_attention(
@@ -32,6 +38,7 @@ def neighborhood_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     key_mask: Tensor | None = None,
+    additional_key_mask: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -54,6 +61,7 @@ def neighborhood_attention(
         additional_keys, additional_values: `[B, M, Hkv, D]`, `[B, M, Hkv, Dv]`, keys off the grid (text, registers)
             that every query sees, in the same softmax.
         key_mask: bool `[B, *space]`, False hides a key (padding); queries there are computed all the same.
+        additional_key_mask: bool `[B, M]`, the same for additional keys.
         return_lse: also return the logarithm of the softmax denominator, `[B, *space, Hq]`, fp32 (fp64 for fp64).
         backend: "auto" (HF_ATTN_BACKEND, else the fastest for the device), "reference", "torch", "triton", or where
             they are installed "flex" (FlexAttention) and "natten".
@@ -61,15 +69,17 @@ def neighborhood_attention(
     Returns `[B, *space, Hq, Dv]` in the query's dtype; a row that sees no key gives 0 (lse -inf). Differentiable in
     all tensors, through lse too. Raises ValueError for what does not fit, naming the argument and the axis.
     """
-    space = _check_grid(query, key, value)
-    geometry = _geometry(space, kernel_size, stride, dilation, is_causal)
+    space = check_grid(query, key, value)
+    geometry = geometry_of(space, kernel_size, stride, dilation, is_causal)
     check_rpb(rpb, query.shape[-2], geometry)
-    keys, values, mask = _with_extra(key, value, additional_keys, additional_values, key_mask, space)
+    masks = (key_mask, additional_key_mask)
+    keys, values, mask = with_extra(key, value, additional_keys, additional_values, masks, space)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     require_one_of("backend", backend, _BACKENDS)
     query, keys, values = autocast(query.flatten(1, -3), keys, values)
     if backend in ("flex", "natten"):
-        raise ValueError(f"backend={backend!r} is not available here; use 'auto'")
+        out, lse = _named(backend, query, keys, values, rpb, mask, geometry, scale)
+        return (out.unflatten(1, space), lse.unflatten(1, space)) if return_lse else out.unflatten(1, space)
     path = _path("neighborhood_attention", backend, query, query.shape[3], values.shape[3])
     out, lse = _attend(path, query, keys, values, rpb, mask, geometry, scale, return_lse)
     out = out.unflatten(1, space)
@@ -96,10 +106,10 @@ def na_qk(
     Returns `[B, H, *space, prod(kernel_size)]`, window-major (last axis fastest); slots without a key, which only
     causal axes have, give -inf. Differentiable.
     """
-    space = _check_heads_first("query", query, "key", key)
+    space = check_heads_first("query", query, "key", key)
     if query.shape != key.shape:
         raise ValueError(f"query and key must have one shape, got {tuple(query.shape)} and {tuple(key.shape)}")
-    geometry = _geometry(space, kernel_size, 1, dilation, is_causal)
+    geometry = geometry_of(space, kernel_size, 1, dilation, is_causal)
     check_rpb(rpb, query.shape[1], geometry)
     query, key = autocast(query.flatten(2, -2), key.flatten(2, -2))
     from hf_attn.ops.hfattn_sparse.neighborhood import unfused_op
@@ -130,8 +140,8 @@ def na_av(
 
     Returns `[B, H, *space, Dv]`. Differentiable.
     """
-    space = _check_heads_first("weights", weights, "value", value)
-    geometry = _geometry(space, kernel_size, 1, dilation, is_causal)
+    space = check_heads_first("weights", weights, "value", value)
+    geometry = geometry_of(space, kernel_size, 1, dilation, is_causal)
     slots = math.prod(geometry[1])
     if weights.shape != (*value.shape[:-1], slots):
         raise ValueError(
@@ -162,7 +172,7 @@ def neighborhood_mask(
         raise ValueError(f"space must have one to three axes, got {tuple(space)}")
     from hf_attn.ops.hfattn_sparse.neighborhood.geometry import visible
 
-    return visible(_windows(_geometry(tuple(space), kernel_size, stride, dilation, is_causal))).to(device)
+    return visible(_windows(geometry_of(tuple(space), kernel_size, stride, dilation, is_causal))).to(device)
 
 
 def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -187,139 +197,51 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     return merged.to(outputs[0].dtype), total
 
 
-# -- arguments -------------------------------------------------------------------------------------------------------
-
-# Space, kernel size, stride, dilation and causality, one entry an axis.
-Geometry = tuple[list[int], list[int], list[int], list[int], list[bool]]
-
-
-def _geometry(space: Sequence[int], kernel_size: Sizes, stride: Sizes, dilation: Sizes, is_causal: Flags) -> Geometry:
-    """Checked, one entry an axis."""
-    names = _AXES[len(space)]
-    kernel, strides, dilations = (
-        _per_axis(name, value, len(space), int)
-        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
-    )
-    causal = _per_axis("is_causal", is_causal, len(space), bool)
-    for axis, length, k, s, d in zip(names, space, kernel, strides, dilations, strict=True):
-        if k < 2:
-            raise ValueError(f"kernel_size along {axis} must be >= 2, got {k}")
-        if d < 1:
-            raise ValueError(f"dilation along {axis} must be >= 1, got {d}")
-        if not 1 <= s <= k:
-            raise ValueError(f"stride along {axis} must be from 1 to kernel_size={k}, got {s}")
-        if k * d > length:
-            most = f"a dilation of at most {length // k}" if length >= k else f"a kernel_size of at most {length}"
-            raise ValueError(
-                f"kernel_size {k} * dilation {d} = {k * d} exceeds the {length} tokens along {axis}; use {most} or pad "
-                "the grid"
-            )
-    return list(space), kernel, strides, dilations, causal
-
-
-def _per_axis(name: str, value: Sizes | Flags, rank: int, kind: type) -> list:
-    """One entry an axis; raises ValueError unless entries are of `kind` and as many as axes."""
-    entries = list(value) if isinstance(value, Sequence) else [value] * rank
-    if len(entries) != rank:
-        raise ValueError(
-            f"{name} must be one value or one for each of the {rank} axes of the grid, got {tuple(entries)}"
-        )
-    for entry in entries:
-        if isinstance(entry, bool) != (kind is bool) or not isinstance(entry, kind | torch.SymInt):
-            raise ValueError(f"{name} must hold {'booleans' if kind is bool else 'integers'}, got {value!r}")
-    return entries
-
-
-def check_rpb(rpb: Tensor | None, heads: int, geometry: Geometry) -> None:
-    """Raise ValueError unless a table of relative positions fits (and windows are of the kind that have one)."""
-    if rpb is None:
-        return
-    space, kernel, stride, _, causal = geometry
-    for axis, k, s, c in zip(_AXES[len(space)], kernel, stride, causal, strict=True):
-        problem = f"kernel_size {k} is even" if k % 2 == 0 else f"stride is {s}" if s != 1 else "it is causal"
-        if k % 2 == 0 or s != 1 or c:
-            raise ValueError(
-                f"rpb needs odd kernel_size, stride 1 and no causal axis, but along {axis} {problem}; drop rpb or "
-                "change the window"
-            )
-    wanted = (heads, *(2 * k - 1 for k in kernel))
-    if tuple(rpb.shape) != wanted or not rpb.is_floating_point():
-        raise ValueError(
-            f"rpb must be floating-point {list(wanted)} (heads, 2 * kernel_size - 1 along each axis), got {rpb.dtype} "
-            f"{list(rpb.shape)}"
-        )
-
-
-def _check_grid(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    """The grid of heads-last tensors; raises ValueError unless the three fit together."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not 4 <= tensor.dim() <= 6:
-            raise ValueError(
-                f"{name} must be [batch, *space, heads, head_dim] with one to three axes in space, got shape "
-                f"{tuple(tensor.shape)}"
-            )
-        if not tensor.is_floating_point() or tensor.dtype != query.dtype:
-            raise ValueError(f"query, key and value must have one floating-point dtype, got {name} {tensor.dtype}")
-    if key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(f"key and value must agree in all but head_dim, got {tuple(key.shape)}, {tuple(value.shape)}")
-    if query.shape[:-2] != key.shape[:-2] or query.shape[-1] != key.shape[-1]:
-        raise ValueError(
-            f"query and key must agree in batch, space and head_dim, got {tuple(query.shape)} and {tuple(key.shape)}"
-        )
-    if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
-        raise ValueError(
-            f"the number of query heads ({query.shape[-2]}) must be a multiple of the number of KV heads "
-            f"({key.shape[-2]})"
-        )
-    return tuple(query.shape[1:-2])
-
-
-def _check_heads_first(first: str, one: Tensor, second: str, other: Tensor) -> tuple[int, ...]:
-    for name, tensor in ((first, one), (second, other)):
-        if not 4 <= tensor.dim() <= 6:
-            raise ValueError(
-                f"{name} must be [batch, heads, *space, channels] with one to three axes in space, got shape "
-                f"{tuple(tensor.shape)}"
-            )
-        if not tensor.is_floating_point() or tensor.dtype != one.dtype:
-            raise ValueError(f"{first} and {second} must have one floating-point dtype, got {one.dtype}, {other.dtype}")
-    return tuple(other.shape[2:-1])
-
-
-def _with_extra(
-    key: Tensor, value: Tensor, more_keys: Tensor | None, more_values: Tensor | None, mask: Tensor | None, space: tuple
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values `[B, N + M, Hkv, ...]` and a mask `[B, N + M]`."""
-    if (more_keys is None) != (more_values is None):
-        raise ValueError("additional_keys and additional_values must be given together, got one of them")
-    batch, heads = key.shape[0], key.shape[-2]
-    if mask is not None:
-        if tuple(mask.shape) != (batch, *space) or mask.dtype != torch.bool:
-            raise ValueError(f"key_mask must be bool {[batch, *space]}, got {mask.dtype} {list(mask.shape)}")
-        mask = mask.flatten(1)
-    key, value = key.flatten(1, -3), value.flatten(1, -3)
-    if more_keys is None or more_values is None:
-        return key, value, mask
-    count = more_keys.shape[1] if more_keys.dim() == 4 else -1
-    for name, more, own in (("additional_keys", more_keys, key), ("additional_values", more_values, value)):
-        wanted = (batch, count, heads, own.shape[-1])
-        if tuple(more.shape) != wanted or more.dtype != own.dtype:
-            raise ValueError(
-                f"{name} must be [{batch}, tokens, {heads}, {own.shape[-1]}] in {own.dtype} and as many as "
-                f"additional_keys, got {list(more.shape)} {more.dtype}"
-            )
-    if mask is not None:
-        mask = torch.nn.functional.pad(mask, (0, count), value=True)
-    return torch.cat([key, more_keys], 1), torch.cat([value, more_values], 1), mask
-
-
 # -- paths -----------------------------------------------------------------------------------------------------------
 
 
 def _path(op: str, backend: str, query: Tensor, *head_dims: int) -> Path:
     if backend in ("reference", "torch"):
         return backend
+    if backend == "triton":
+        obstacle = triton_obstacle(query, head_dims)
+        if obstacle is not None:
+            raise RuntimeError(f"backend='triton' cannot run {op}: {obstacle}; use 'auto', 'torch' or 'reference'")
+        return backend
     return choose_path(op, query, *head_dims)
+
+
+def _named(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    mask: Tensor | None,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """FlexAttention or natten, which "auto" never chooses."""
+    if rpb is not None or mask is not None:
+        raise ValueError(f"backend={backend!r} has no rpb and no key masks; use 'auto'")
+    if backend == "flex":
+        from hf_attn.ops.hfattn_sparse.neighborhood import flex_path
+
+        return flex_path.forward(query, key, value, windows=_windows(geometry), scale=scale)
+    try:
+        import natten
+    except ImportError as error:
+        raise RuntimeError("backend='natten' needs the package natten, which is not installed; use 'auto'") from error
+    space, kernel, stride, dilation, causal = (tuple(x) for x in geometry)
+    count, extra = math.prod(space), {}
+    if key.shape[1] > count:
+        extra = {"additional_keys": key[:, count:], "additional_values": value[:, count:]}
+    function = getattr(natten, f"na{len(space)}d")
+    out, lse = function(
+        query.unflatten(1, space), key[:, :count].unflatten(1, space), value[:, :count].unflatten(1, space),
+        kernel_size=kernel, stride=stride, dilation=dilation, is_causal=causal, scale=scale, return_lse=True, **extra,
+    )  # fmt: skip
+    return out.flatten(1, -3), lse.flatten(1, -2)
 
 
 def _unfused_path(op: str, backend: str, tensor: Tensor) -> Path:
@@ -353,4 +275,6 @@ def _attend(
 
     if path == "reference":
         return op.run_reference(query, key, value, rpb, mask, _windows(geometry), scale)
+    if path == "triton":
+        from hf_attn.ops.hfattn_sparse.neighborhood import triton_op as op
     return op.neighborhood_attention(query, key, value, rpb, mask, *geometry, scale, want_lse)

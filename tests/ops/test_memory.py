@@ -37,7 +37,12 @@ def inputs(n, grad=False):
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-function = {"moba": moba, "block_sparse": block_sparse, "dense": dense}[sys.argv[1]]
+def neighborhood(q, k, v):
+    size = 1 << (q.shape[2].bit_length() // 2)
+    grids = [x.transpose(1, 2).unflatten(1, (size, -1)) for x in (q, k, v)]
+    return ops.neighborhood_attention(*grids, kernel_size=7)
+
+function = {"neighborhood": neighborhood, "moba": moba, "block_sparse": block_sparse, "dense": dense}[sys.argv[1]]
 n, backward = int(sys.argv[2]), sys.argv[3] == "backward"
 small = inputs(1024, backward)
 out = function(*small)
@@ -75,13 +80,13 @@ def test_forward_memory(function):
     assert twice <= 2.1 * sparse, f"{twice / 1e6:.1f} MB at 64k, {sparse / 1e6:.1f} MB at 32k"
 
 
-@pytest.mark.parametrize("function", ["moba", "block_sparse"])
+@pytest.mark.parametrize("function", ["moba", "block_sparse", "neighborhood"])
 def test_training_memory_is_linear(function):
     at_16k, at_32k = peak_of(function, 16384, "backward"), peak_of(function, 32768, "backward")
     assert at_32k <= 2.2 * at_16k, f"{at_32k / 1e6:.1f} MB at 32k, {at_16k / 1e6:.1f} MB at 16k"
 
 
-@pytest.mark.parametrize("function", ["moba", "block_sparse"])
+@pytest.mark.parametrize("function", ["moba", "block_sparse", "neighborhood"])
 def test_no_square_tensor(function):
     """One bool [Nq, Nk] mask at 32k is 1.07 GB: with less than that to spend, forward and backward still run."""
     peak_of(function, 32768, "backward", cap=1_000_000_000)

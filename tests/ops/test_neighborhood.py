@@ -16,8 +16,10 @@ from hf_attn.ops.hfattn_sparse.neighborhood.unfused_op import na_av, na_qk
 from tests.budget import assert_as_good_as_eager
 
 
-def random_case(seed: int) -> tuple[dict[str, Tensor], dict]:
-    """Leaves in fp64 and options of one random call."""
+def random_case(
+    seed: int, *, dims: tuple[tuple[int, int], ...] = ((4, 4), (5, 3), (8, 16)), largest: int = 30
+) -> tuple[dict[str, Tensor], dict]:
+    """Leaves in fp64 and options of one random call; dims: choices of D and Dv; largest: slack of a 1-D grid."""
     rng = random.Random(seed)
     rank = rng.choice([1, 2, 3])
     with_bias = rng.random() < 0.3
@@ -26,7 +28,9 @@ def random_case(seed: int) -> tuple[dict[str, Tensor], dict]:
         kernel = rng.randint(2, (9, 5, 3)[rank - 1])
         kernel += with_bias and kernel % 2 == 0
         dilation = rng.choice([1, 1, 2, 3])
-        space.append(kernel * dilation + rng.randint(0, (30, 9, 4)[rank - 1]))
+        space.append(
+            kernel * dilation + rng.randint(0, (largest, min(largest // 3, 9), min(largest // 6, 4))[rank - 1])
+        )
         for name, value in (
             ("kernel_size", kernel),
             ("dilation", dilation),
@@ -35,7 +39,7 @@ def random_case(seed: int) -> tuple[dict[str, Tensor], dict]:
         ):
             window[name].append(value)
     batch, kv_heads, group = rng.choice([1, 2]), rng.choice([1, 2]), rng.choice([1, 3])
-    dim, value_dim, extra = *rng.choice([(4, 4), (5, 3), (8, 16)]), rng.choice([0, 0, 3])
+    dim, value_dim, extra = *rng.choice(dims), rng.choice([0, 0, 3])
     torch.manual_seed(seed)
 
     def leaf(*shape: int) -> Tensor:
@@ -54,6 +58,8 @@ def random_case(seed: int) -> tuple[dict[str, Tensor], dict]:
     options = {**window, "scale": rng.choice([None, 0.3])}
     if rng.random() < 0.25:
         options["key_mask"] = torch.rand(batch, *space) < 0.6
+    if extra and rng.random() < 0.5:
+        options["additional_key_mask"] = torch.rand(batch, extra) < 0.6
     return leaves, options
 
 
@@ -148,6 +154,28 @@ def test_stride_of_the_window_is_blocked_attention():
     expected = torch.nn.functional.scaled_dot_product_attention(*blocks)
     expected = expected.unflatten(4, (4, 6)).permute(0, 1, 4, 2, 5, 3, 6).reshape(out.shape)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 3, 8, 11])
+def test_flex_equals_the_reference(seed):
+    leaves, options = random_case(seed)
+    for name in ("rpb", "key_mask", "additional_key_mask"):
+        leaves.pop(name, None), options.pop(name, None)
+    leaves = {name: x.detach().float() for name, x in leaves.items()}
+    for name, dim in (("query", 8), ("key", 8), ("additional_keys", 8), ("value", 8), ("additional_values", 8)):
+        if name in leaves:
+            leaves[name] = torch.randn(*leaves[name].shape[:-1], dim)
+    got, expected = (
+        ops.neighborhood_attention(**leaves, **options, return_lse=True, backend=b) for b in ("flex", "reference")
+    )
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_backends_that_cannot_serve_say_so():
+    with pytest.raises(RuntimeError, match="needs the package natten"):
+        ops.neighborhood_attention(**GRID, kernel_size=3, backend="natten")
+    with pytest.raises(ValueError, match="backend='flex' has no rpb"):
+        ops.neighborhood_attention(**GRID, kernel_size=3, rpb=torch.randn(2, 5, 5), backend="flex")
 
 
 def test_gradcheck_with_bias_and_extra_keys():
@@ -278,6 +306,10 @@ GRID = {name: torch.randn(1, 6, 8, 2, 4) for name in ("query", "key", "value")}
             "additional_values must be .* as many as",
         ),
         ({"kernel_size": 3, "key_mask": torch.ones(1, 8, 6, dtype=torch.bool)}, r"key_mask must be bool \[1, 6, 8\]"),
+        (
+            {"kernel_size": 3, "additional_key_mask": torch.ones(1, 3).bool()},
+            "additional_key_mask needs additional_keys",
+        ),
         ({"kernel_size": 3, "backend": "cutlass"}, "backend must be one of"),
         ({"kernel_size": 3, "key": torch.randn(1, 6, 8, 3, 4), "value": torch.randn(1, 6, 8, 3, 4)}, "multiple of"),
         ({"kernel_size": 3, "query": torch.randn(1, 8, 8, 2, 4)}, "agree in batch, space and head_dim"),

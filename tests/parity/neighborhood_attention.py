@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import DinatConfig
 
 from hf_attn import ops
-
-NOT_YET = ("dinat.*",)
+from hf_attn.models.dinat import DinatAttnBackbone, DinatAttnForImageClassification
 
 
 def run(inputs: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
@@ -46,4 +46,19 @@ def _unfused(tensors: dict[str, Tensor], case: dict) -> dict[str, Tensor]:
 
 
 def _model(tensors: dict[str, Tensor], case: dict) -> dict[str, Tensor]:
-    return {}
+    """Logits of a classifier and maps of the backbone with the same encoder, from weights under transformers' names."""
+    config = DinatConfig(**case["config"])
+    weights = {name.removeprefix("w."): x for name, x in tensors.items() if name.startswith("w.")}
+    model = DinatAttnForImageClassification(config).eval()
+    model.load_state_dict(weights)
+    config.out_features = [f"stage{i + 1}" for i in range(len(config.depths))]
+    backbone = DinatAttnBackbone(config).eval()
+    encoder = {name.removeprefix("dinat."): x for name, x in weights.items() if name.startswith("dinat.")}
+    norms = {name: x for name, x in tensors.items() if name.startswith("backbone_norms.")}
+    encoder |= {name.replace("backbone_norms", "hidden_states_norms"): x for name, x in norms.items()}
+    missing = backbone.load_state_dict(encoder, strict=False).missing_keys
+    assert not missing, missing
+    with torch.no_grad():
+        maps = backbone(tensors["pixel_values"]).feature_maps
+        logits = model(tensors["pixel_values"]).logits
+    return {"logits": logits, **{f"feature_maps.{i}": x for i, x in enumerate(maps)}}

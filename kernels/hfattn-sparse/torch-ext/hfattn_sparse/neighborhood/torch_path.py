@@ -34,6 +34,7 @@ def forward(
     lse = query.new_empty((*query.shape[:3], 1) if want_lse else 0, dtype=_wide(query))
     if not query.numel():
         return out, lse.flatten(2) if want_lse else lse
+    query, key, value = (x.contiguous() for x in (query, key, value))
     grid = _grid(query, key, windows)
     weights_of = _Weights(grid, rpb, key_mask, scale, careful=not finite(query, key, value))
     for b, chunk in itertools.product(range(len(query)), grid.chunks()):
@@ -67,6 +68,7 @@ def backward(
     grads = [torch.zeros(x.shape, dtype=_wide(query), device=query.device) for x in (query, key, value)]
     if not query.numel():
         return *(x.to(query.dtype) for x in grads), None if rpb is None else torch.zeros_like(rpb)
+    query, key, value, grad_out = (x.contiguous() for x in (query, key, value, grad_out))
     grid = _grid(query, key, windows)
     careful = not finite(query, key, value, grad_out)
     weights_of = _Weights(grid, rpb, key_mask, scale, careful=careful)

@@ -15,7 +15,7 @@ from .torch_tiles import Chunk, TiledGrid, finite, mix, mix_transposed
 def scores(query: Tensor, key: Tensor, rpb: Tensor | None, *, windows: tuple[Window, ...]) -> Tensor:
     """Arguments and result of `reference.scores`."""
     grid = _Slots(query, windows)
-    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    query, key = (x.transpose(1, 2).contiguous() for x in (query, key))
     out = query.new_empty(*query.shape[:3], grid.slots)
     table = None if rpb is None else rpb.to(grid.dtype).flatten(1)[:, None]
     for b, chunk in itertools.product(range(len(query)), grid.chunks()):
@@ -35,7 +35,7 @@ def scores_backward(
     """Gradients of query, key and rpb for `scores`."""
     grid = _Slots(query, windows)
     careful = not finite(grad, query, key)
-    grad, query, key = (x.transpose(1, 2) for x in (grad, query, key))
+    grad, query, key = (x.transpose(1, 2).contiguous() for x in (grad, query, key))
     grads = [torch.zeros(query.shape, dtype=grid.dtype, device=query.device) for _ in range(2)]
     grad_table = None if rpb is None else torch.zeros_like(rpb, dtype=grid.dtype).flatten(1)
     for b, chunk in itertools.product(range(len(query)), grid.chunks()):
@@ -61,7 +61,7 @@ def weighted_values(weights: Tensor, value: Tensor, *, windows: tuple[Window, ..
     """Arguments and result of `reference.weighted_values`."""
     grid = _Slots(value, windows)
     careful = not finite(weights, value)
-    weights, value = weights.transpose(1, 2), value.transpose(1, 2)
+    weights, value = (x.transpose(1, 2).contiguous() for x in (weights, value))
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     for b, chunk in itertools.product(range(len(value)), grid.chunks()):
         dense = grid.scatter(grid.take_queries("weights", weights[b], chunk), chunk)
@@ -77,7 +77,7 @@ def weighted_values_backward(
     """Gradients of weights and value for `weighted_values`."""
     grid = _Slots(value, windows)
     careful = not finite(grad, weights, value)
-    grad, weights, value = (x.transpose(1, 2) for x in (grad, weights, value))
+    grad, weights, value = (x.transpose(1, 2).contiguous() for x in (grad, weights, value))
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
     grad_value = torch.zeros(value.shape, dtype=grid.dtype, device=value.device)
     for b, chunk in itertools.product(range(len(value)), grid.chunks()):
