@@ -113,8 +113,8 @@ def _init_memory(module: NeuralMemory) -> None:
     for weight in module.memory:
         init.normal_(weight, mean=0.0, std=weight.shape[1] ** -0.5)
     for name in ("q_conv", "k_conv", "v_conv") if module.conv_kernel else ():
-        bound = module.conv_kernel**-0.5
-        init.uniform_(getattr(module, name), -bound, bound)
+        init.uniform_(getattr(module, name), 0, 2 / module.conv_kernel)
+    init.copy_(module.k_proj.weight, module.q_proj.weight)
     for name, bias in module.biases.items():
         init.constant_(getattr(module, f"{name}_proj").bias, bias)
     init.ones_(module.norm)
