@@ -126,7 +126,7 @@ class NeuralMemory(nn.Module):
     def write_and_read(
         self, stream: Tensor, query: Tensor, state: State, lengths: Tensor | None, *, frozen: bool = False
     ) -> tuple[Tensor, State]:
-        """Writes keys and values of `stream` `[B, T, D]`, reads `query` `[B, H, T, d]` after each; and the new state."""
+        """Writes `stream` `[B, T, D]`, reads `query` `[B, H, T, d]` after each of its tokens; and the new state."""
         key, k_tail = self._convolved("k", stream, state.get("k_tail"), lengths)
         value, v_tail = self._convolved("v", stream, state.get("v_tail"), lengths)
         new = {**state, "k_tail": k_tail, "v_tail": v_tail}

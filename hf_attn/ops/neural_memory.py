@@ -126,8 +126,8 @@ def read_memory(query: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def memory_coefficients(theta: Tensor, eta: Tensor, alpha: Tensor, *, mask: Tensor | None = None) -> Coefficients:
     """beta, m, f `[..., m]` and N, G `[..., m, m]` of one chunk of m tokens, from its gates `[..., m]`.
 
-    W_t = beta_t W + f_t S - sum_s G[t, s] u_s and S_t = m_t S - sum_s N[t, s] u_s, where W and S are the weights and the
-    momentum before the chunk, and u_s the gradient of token s. `mask` is bool `[..., m]`, true for written tokens.
+    W_t = beta_t W + f_t S - sum_s G[t, s] u_s and S_t = m_t S - sum_s N[t, s] u_s, where W and S are the weights and
+    the momentum before the chunk, and u_s the gradient of token s. `mask` is bool `[..., m]`, true for written tokens.
     """
     return _coefficients(theta, eta, alpha, mask)
 
@@ -247,7 +247,12 @@ def _states(
     shape = (query.shape[0], query.shape[1])
     found = []
     for index, tensor in enumerate(given):
-        if tensor.dim() == 4 and tensor.shape[0] != query.shape[0] or like and tensor.shape[-3:] != like[index].shape[1:]:
+        if (
+            tensor.dim() == 4
+            and tensor.shape[0] != query.shape[0]
+            or like
+            and tensor.shape[-3:] != like[index].shape[1:]
+        ):
             raise ValueError(
                 f"{name}[{index}] is {tuple(tensor.shape)}, which is of another batch or network than this call: "
                 f"{(*shape, *tensor.shape[-2:]) if like is None else tuple(like[index].shape)} is needed"

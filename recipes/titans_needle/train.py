@@ -1,4 +1,4 @@
-"""Train a Titans model to recall pairs that lie further back than its window, and two models without a memory beside it.
+"""Train a Titans model to recall pairs from further back than its window, and two models without a memory beside it.
 
 python recipes/titans_needle/train.py                      # all models and seeds, one after the other
 python recipes/titans_needle/train.py --seed 0             # one seed

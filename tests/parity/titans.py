@@ -35,7 +35,9 @@ def run(inputs: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
 def _memory(given: dict[str, Tensor], case: dict[str, Any]) -> dict[str, Tensor]:
     depth, chunk = case["L"], case["C"]
     tokens = {name: given[name].clone().requires_grad_() for name in _TOKENS}
-    start = {f"{kind}.{i}": given[f"{kind}.{i}"].clone().requires_grad_() for kind in ("W0", "S0") for i in range(depth)}
+    start = {
+        f"{kind}.{i}": given[f"{kind}.{i}"].clone().requires_grad_() for kind in ("W0", "S0") for i in range(depth)
+    }
     weights, momentum = ([start[f"{kind}.{i}"] for i in range(depth)] for kind in ("W0", "S0"))
     options = {"momentum": momentum, "chunk_size": chunk}
     out, final = ops.neural_memory(*tokens.values(), weights, output_final_state=True, **options)

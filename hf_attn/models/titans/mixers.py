@@ -63,7 +63,7 @@ class TitansMixer(nn.Module):
         return self.persistent.expand(batch, -1, -1)
 
     def _led(self, hidden: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
-        """The stream with the persistent tokens in front where it begins, its lengths, and how many these tokens are."""
+        """The stream with the persistent tokens in front where it begins, its lengths, and how many they are."""
         lead = 0 if state else self.config.num_persistent_tokens
         if not lead:
             return hidden, lengths, 0
@@ -92,7 +92,7 @@ def _passed(count: int | Tensor, lengths: Tensor | None, length: int) -> int | T
 
 
 class TitansMemoryMixer(TitansMixer):
-    """"lmm": the memory alone."""
+    """ "lmm": the memory alone."""
 
     def forward(
         self, hidden: Tensor, state: State | None = None, lengths: Tensor | None = None, *, frozen: bool = False
@@ -101,7 +101,7 @@ class TitansMemoryMixer(TitansMixer):
 
 
 class TitansGateMixer(TitansMixer):
-    """"mag": attention to the persistent tokens and a window, gated by the memory of the same stream (eq. 26-28)."""
+    """ "mag": attention to the persistent tokens and a window, gated by the memory of the same stream (eq. 26-28)."""
 
     def forward(
         self, hidden: Tensor, state: State | None = None, lengths: Tensor | None = None, *, frozen: bool = False
@@ -128,7 +128,7 @@ class TitansGateMixer(TitansMixer):
 
 
 class TitansLayerMixer(TitansMixer):
-    """"mal": a window of attention over what the memory makes of the stream (eq. 29-31)."""
+    """ "mal": a window of attention over what the memory makes of the stream (eq. 29-31)."""
 
     def forward(
         self, hidden: Tensor, state: State | None = None, lengths: Tensor | None = None, *, frozen: bool = False
@@ -147,7 +147,7 @@ class TitansLayerMixer(TitansMixer):
 
 
 class TitansContextMixer(TitansMixer):
-    """"mac": segments that attend to what the memory recalls for their tokens, and then write to it (eq. 21-25).
+    """ "mac": segments that attend to what the memory recalls for their tokens, and then write to it (eq. 21-25).
 
     Token-causal, unlike eq. 22 and 25 taken literally: token t of a segment sees what was recalled for the tokens up to
     t only, and reads a memory that holds the tokens up to t only.
@@ -216,7 +216,9 @@ class TitansContextMixer(TitansMixer):
         inside, weights = state.get("inside", 0), self.memory.weights(state)
         if not isinstance(inside, Tensor):
             if inside == 0:
-                state = {**state, "written": 0} | {f"before.{i}": w.expand(batch, *w.shape[-3:]) for i, w in enumerate(weights)}
+                state = {**state, "written": 0} | {
+                    f"before.{i}": w.expand(batch, *w.shape[-3:]) for i, w in enumerate(weights)
+                }
                 state = {name: t for name, t in state.items() if not name.startswith("segment_")}
             return [state[f"before.{i}"] for i in range(len(weights))], state
         starts, found = inside == 0, []
@@ -228,9 +230,7 @@ class TitansContextMixer(TitansMixer):
             f"before.{i}": w for i, w in enumerate(found)
         }
 
-    def _attended(
-        self, hidden: Tensor, recalled: Tensor, state: State, lengths: Tensor | None
-    ) -> tuple[Tensor, State]:
+    def _attended(self, hidden: Tensor, recalled: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
         """The segment's tokens after attention to [persistent; recalled; segment], and its keys and values so far."""
         config, attention, inside = self.config, self.attention, state.get("inside", 0)
         lead, length, device = config.num_persistent_tokens, hidden.shape[1], hidden.device

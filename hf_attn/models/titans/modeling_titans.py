@@ -155,8 +155,7 @@ class TitansModel(TitansPreTrainedModel):
 
         Args:
             input_ids, inputs_embeds: `[B, N]` or `[B, N, hidden_size]`, exactly one of them.
-            attention_mask: `[B, N]` or `[B, past + N]`, 1 = real; padding may lie anywhere. States at other tokens are 0
-                before the last norm.
+            attention_mask: `[B, N]` or `[B, past + N]`, 1 = real; padding may lie anywhere; states there are 0.
             position_ids: read only to refuse packed sequences.
             cache, past_key_values: a TitansCache (the second name is that of older versions).
             use_cache: make one when none is given; default `config.use_cache` outside training.
@@ -211,8 +210,8 @@ class TitansModel(TitansPreTrainedModel):
             held = [t for name, t in layer.state.carried().items() if name.startswith("weights.")]
             if held and [tuple(t.shape) for t in held] != shapes or (layer.state.batch or batch) != batch:
                 raise ValueError(
-                    f"the cache holds memories {[tuple(t.shape) for t in held]}, this step needs {shapes}: it was filled "
-                    "with another batch or by another model; start with a new one"
+                    f"the cache holds memories {[tuple(t.shape) for t in held]}, this step needs {shapes}: it was "
+                    "filled with another batch or by another model; start with a new one"
                 )
         return cache
 

@@ -1,8 +1,8 @@
 """Neural memory a chunk at a time: all gradients of a chunk in one pass, its per-token weights never formed.
 
-Within a chunk the gradients are taken at one set of weights, so W_t = beta_t W + f_t S - sum_s G[t, s] a_s^T delta_s, and
-x W_t is three products of matrices (`coefficients` has beta, f and G). Only chunks follow one another. The code is plain
-differentiable torch: autograd gives the second-order terms of the outer gradient exactly.
+Within a chunk the gradients are taken at one set of weights, so W_t = beta_t W + f_t S - sum_s G[t, s] a_s^T delta_s,
+and x W_t is three products of matrices (`coefficients` has beta, f and G). Only chunks follow one another. The code is
+plain differentiable torch: autograd gives the second-order terms of the outer gradient exactly.
 """
 
 from __future__ import annotations
@@ -116,9 +116,7 @@ def _read(x: Tensor, c: Coefficients, weights: Weights, momentum: Weights, input
     last = len(weights) - 1
     for layer, (w, s, a, d) in enumerate(zip(weights, momentum, inputs, deltas, strict=True)):
         near = torch.bmm(x, a.mT) * c.G
-        x = torch.baddbmm(
-            torch.baddbmm(torch.bmm(c.beta[..., None] * x, w), c.f[..., None] * x, s), near, d, alpha=-1
-        )
+        x = torch.baddbmm(torch.baddbmm(torch.bmm(c.beta[..., None] * x, w), c.f[..., None] * x, s), near, d, alpha=-1)
         x = x if layer == last else gelu(x)
     return x
 
