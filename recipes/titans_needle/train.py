@@ -10,6 +10,7 @@ An interrupted run goes on where it stopped when started again; runs that are do
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,14 +129,11 @@ def evaluate(
     for times in evaluation["times"]:
         generator = torch.Generator().manual_seed(seed + 2000)
         ids, labels = task.rows(evaluation["rows"], times * longest, generator)
-        row = {"times": times, "distance": times * longest}
-        accuracy = recall_accuracy(model, ids, labels, batch=evaluation["batch"])
-        found.append({"variant": name, "accuracy": accuracy, **row})
-        if name == MEMORY:
-            with silenced_memory(model):
+        for variant in (MEMORY, SILENT) if name == MEMORY else (name,):
+            with silenced_memory(model) if variant == SILENT else contextlib.nullcontext():
                 accuracy = recall_accuracy(model, ids, labels, batch=evaluation["batch"])
-            found.append({"variant": SILENT, "accuracy": accuracy, **row})
-        print(", ".join(f"{r['variant']} at {r['distance']}: {r['accuracy']:.1%}" for r in found[-2:]), flush=True)
+            found.append({"variant": variant, "times": times, "distance": times * longest, "accuracy": accuracy})
+            print(f"{variant}, {times * longest} tokens of filler: {accuracy:.1%}", flush=True)
     return found
 
 
@@ -159,13 +157,11 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def picture(results: list[dict[str, Any]], path: Path) -> None:
-    """Losses of training, and accuracy over the distance."""
-    import matplotlib
+    """Losses of training, and accuracy over the distance. Needs matplotlib."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["variant"] for result in results for row in result["rows"]))
     color = {name: f"C{number}" for number, name in enumerate(names)}
     labelled: set[str] = set()
@@ -179,9 +175,7 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     left.set(xlabel="step", ylabel="loss on the answers")
     right.set(xlabel="tokens of filler", ylabel="values recalled", ylim=(0, 1.02))
     right.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def main() -> None:
