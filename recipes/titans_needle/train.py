@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_attn  # noqa: F401  registers the model type
-from hf_attn.training.recall import RecallRows, recall_accuracy, silenced_memory
+from hf_attn.training.recall import RecallRows, open_gates, recall_accuracy, silenced_memory
 
 HERE = Path(__file__).parent
 MEMORY, SILENT = "memory", "memory switched off"
@@ -31,7 +32,7 @@ MEMORY, SILENT = "memory", "memory switched off"
 SMOKE = {
     "seeds": [0],
     "task": {"pairs": 2, "keys": 4, "values": 2, "filler": 2},
-    "data": {"distance": [2, 4], "rows": 16},
+    "data": {"distance": [2, 4], "rows": 16, "stages": [{"pairs": 1, "steps": 8}, {"pairs": 2, "steps": 12}]},
     "model": {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -42,7 +43,6 @@ SMOKE = {
     },
     "evaluation": {"rows": 8, "times": [1, 4]},
     "training": {
-        "max_steps": 20,
         "save_steps": 5,
         "logging_steps": 5,
         "warmup_steps": 2,
@@ -60,10 +60,17 @@ class Batches(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(self.seed + 1000)
         low, high = self.options["distance"]
-        while True:
-            distance = int(torch.randint(low, high + 1, (), generator=generator))
-            ids, labels = self.task.rows(self.options["rows"], distance, generator)
-            yield {"input_ids": ids, "labels": labels}
+        for stage in self.options["stages"]:
+            task = dataclasses.replace(self.task, pairs=stage["pairs"])
+            for _ in range(stage["steps"]):
+                distance = int(torch.randint(low, high + 1, (), generator=generator))
+                ids, labels = task.rows(self.options["rows"], distance, generator)
+                yield {"input_ids": ids, "labels": labels}
+
+    @property
+    def steps(self) -> int:
+        """Batches of all stages."""
+        return sum(stage["steps"] for stage in self.options["stages"])
 
 
 def one_batch(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -98,6 +105,9 @@ def run(name: str, seed: int, options: dict[str, Any], folder: Path) -> dict[str
     task = RecallRows(**options["task"])
     set_seed(seed)
     model = build(name, options, task)
+    if name == MEMORY:
+        open_gates(model, **options["gates"])
+    data = Batches(task, options["data"], seed)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         seed=seed,
@@ -106,11 +116,10 @@ def run(name: str, seed: int, options: dict[str, Any], folder: Path) -> dict[str
         disable_tqdm=True,
         remove_unused_columns=False,
         per_device_train_batch_size=1,
+        max_steps=data.steps,
         **options["training"],
     )
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=Batches(task, options["data"], seed), data_collator=one_batch
-    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=one_batch)
     checkpoints = folder / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     trainer.save_model(str(folder / "model"))

@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_attn.models.titans import TitansConfig, TitansForCausalLM
-from hf_attn.training.recall import RecallRows, recall_accuracy, silenced_memory
+from hf_attn.training.recall import RecallRows, open_gates, recall_accuracy, silenced_memory
 from tests.recipes.test_moba_recipes import RECIPES, script
 
 pytest.importorskip("accelerate")
@@ -101,6 +101,26 @@ def test_accuracy_counts_answers():
     assert recall_accuracy(model, ids, labels, batch=7) == pytest.approx(float((asked == 6).float().mean()))
     with pytest.raises(ValueError, match="no neural memory"), silenced_memory(model):
         pass
+
+
+@torch.no_grad()
+def test_open_gates_have_one_sign():
+    """And queries and keys do not see the direction along which they opened."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = TitansForCausalLM(TitansConfig(vocab_size=50, memory_num_heads=1, initializer_range=0.125, **sizes))
+    layer = model.model.layers[0]
+
+    def positive() -> float:
+        tokens = layer.mixer_norm(model.model.embed_tokens.weight)
+        return float((layer.mixer.memory.g_proj(tokens) > 0).float().mean())
+
+    assert 0.4 < positive() < 0.6
+    before = layer.mixer.memory.q_proj(layer.mixer_norm(model.model.embed_tokens.weight)).norm()
+    open_gates(model)
+    assert positive() > 0.98
+    after = layer.mixer.memory.q_proj(layer.mixer_norm(model.model.embed_tokens.weight)).norm()
+    assert after < before and torch.equal(layer.mixer.memory_norm, torch.full((64,), 2.0))
 
 
 @torch.no_grad()
