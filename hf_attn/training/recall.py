@@ -76,7 +76,9 @@ def recall_accuracy(model: nn.Module, ids: Tensor, labels: Tensor, *, batch: int
 
 
 @torch.no_grad()
-def open_gates(model: nn.Module, *, gate: float = 2.0, memory_norm: float = 2.0, seed: int = 0) -> None:
+def open_gates(
+    model: nn.Module, *, gate: float = 2.0, memory_norm: float = 2.0, forgetting: float = -6.0, seed: int = 0
+) -> None:
     """Lets what the memories of a new Titans model recall reach its output from the first step on.
 
     What is read passes a factor SiLU(x W_g), whose sign is random in a new model, another for every token: on average
@@ -87,6 +89,7 @@ def open_gates(model: nn.Module, *, gate: float = 2.0, memory_norm: float = 2.0,
         model: a new `TitansForCausalLM`.
         gate: what a gate's input begins with, >= 0.
         memory_norm: weight of the norm of what was recalled: how strongly it gates attention.
+        forgetting: bias of alpha before its sigmoid; -6 keeps 78 % of the memory over 100 tokens, -4 keeps 16 %.
     """
     embedding = model.get_input_embeddings().weight
     width = embedding.shape[1]
@@ -96,6 +99,7 @@ def open_gates(model: nn.Module, *, gate: float = 2.0, memory_norm: float = 2.0,
     share = (width / 2) ** 0.5  # of the common direction in a normed token
     for module in model.modules():
         if isinstance(module, NeuralMemory):
+            module.alpha_proj.bias.fill_(forgetting)
             module.g_proj.weight.mul_(0.5).add_(gate / share * common)
             for projection in (module.q_proj, module.k_proj):
                 projection.weight.sub_((projection.weight @ common)[:, None] * common)

@@ -93,7 +93,7 @@ class TitansPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, NeuralMemory):
-            _init_memory(module)
+            initialise_memory(module)
         elif isinstance(module, TitansNorm):
             init.ones_(module.weight)
         elif isinstance(module, TitansMixer):
@@ -108,7 +108,7 @@ class TitansPreTrainedModel(PreTrainedModel):
         return False
 
 
-def _init_memory(module: NeuralMemory) -> None:
+def initialise_memory(module: NeuralMemory) -> None:
     """As `NeuralMemory.reset_parameters`, for the parameters that no checkpoint brought."""
     for weight in module.memory:
         init.normal_(weight, mean=0.0, std=weight.shape[1] ** -0.5)
