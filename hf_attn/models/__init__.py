@@ -11,6 +11,7 @@ _DINAT = "hf_attn.models.dinat"
 _LANDMARK = "hf_attn.models.landmark"
 _MOBA = "hf_attn.models.moba"
 _MOH = "hf_attn.models.moh"
+_TITANS_BRANCH = "hf_attn.models.titans_branch"
 _UOE = "hf_attn.models.uoe"
 
 
@@ -68,6 +69,34 @@ FAMILIES = (
     Family("uoe_mistral", _UOE, "UoeMistralConfig", "UoeMistralModel", "UoeMistralForCausalLM"),
     Family("tnl", "hf_attn.models.tnl", "TnlConfig", "TnlModel", "TnlForCausalLM"),
     Family("titans", "hf_attn.models.titans", "TitansConfig", "TitansModel", "TitansForCausalLM"),
+    Family(
+        "titans_llama",
+        _TITANS_BRANCH,
+        "TitansLlamaConfig",
+        "TitansLlamaModel",
+        "TitansLlamaForCausalLM",
+    ),
+    Family(
+        "titans_qwen2",
+        _TITANS_BRANCH,
+        "TitansQwen2Config",
+        "TitansQwen2Model",
+        "TitansQwen2ForCausalLM",
+    ),
+    Family(
+        "titans_qwen3",
+        _TITANS_BRANCH,
+        "TitansQwen3Config",
+        "TitansQwen3Model",
+        "TitansQwen3ForCausalLM",
+    ),
+    Family(
+        "titans_mistral",
+        _TITANS_BRANCH,
+        "TitansMistralConfig",
+        "TitansMistralModel",
+        "TitansMistralForCausalLM",
+    ),
     Family("moh_llama", _MOH, "MoHLlamaConfig", "MoHLlamaModel", "MoHLlamaForCausalLM"),
     Family("moh_qwen2", _MOH, "MoHQwen2Config", "MoHQwen2Model", "MoHQwen2ForCausalLM"),
     Family("moh_qwen3", _MOH, "MoHQwen3Config", "MoHQwen3Model", "MoHQwen3ForCausalLM"),
@@ -100,6 +129,7 @@ CONVERSIONS = {
     "landmark": "hf_attn.models.landmark.conversion",
     "moba": "hf_attn.models.moba.conversion",
     "moh": "hf_attn.models.moh.conversion",
+    "titans": "hf_attn.models.titans_branch.conversion",
     "uoe": "hf_attn.models.uoe.conversion",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -90,12 +89,16 @@ class NeuralMemory(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """W_0 from N(0, 1 / fan_in), convolutions as nn.Conv1d has them, gates from the constants of the paper's users."""
+        """W_0 from N(0, 1 / fan_in), gates from `biases`, convolutions around the mean of their taps.
+
+        Keys begin with the projection of the queries: what is written for a token is found by that token from the first
+        step on. With two random projections training first has to align them, which takes longer than all the rest.
+        """
         for weight in self.memory:
             weight.normal_(0, weight.shape[1] ** -0.5)
         for name in ("q_conv", "k_conv", "v_conv") if self.conv_kernel else ():
-            bound = 1 / math.sqrt(self.conv_kernel)
-            getattr(self, name).uniform_(-bound, bound)
+            getattr(self, name).uniform_(0, 2 / self.conv_kernel)
+        self.k_proj.weight.copy_(self.q_proj.weight)
         for name, bias in self.biases.items():
             getattr(self, f"{name}_proj").bias.fill_(bias)
         self.norm.fill_(1)
@@ -123,7 +126,7 @@ class NeuralMemory(nn.Module):
     def write_and_read(
         self, stream: Tensor, query: Tensor, state: State, lengths: Tensor | None, *, frozen: bool = False
     ) -> tuple[Tensor, State]:
-        """Writes keys and values of `stream` `[B, T, D]`, reads `query` `[B, H, T, d]` after each; and the new state."""
+        """Writes `stream` `[B, T, D]`, reads `query` `[B, H, T, d]` after each of its tokens; and the new state."""
         key, k_tail = self._convolved("k", stream, state.get("k_tail"), lengths)
         value, v_tail = self._convolved("v", stream, state.get("v_tail"), lengths)
         new = {**state, "k_tail": k_tail, "v_tail": v_tail}

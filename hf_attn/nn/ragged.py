@@ -48,7 +48,7 @@ def real(lengths: Tensor | None, count: int) -> Tensor | None:
 
 
 def causal_convolution(stream: Tensor, weight: Tensor, past: Tensor | None) -> Tensor:
-    """Depthwise over `[B, N, D]` with `[D, K]`, whose last tap is the token itself; `past` are the K - 1 tokens before."""
+    """Depthwise over `[B, N, D]` with `[D, K]`, the last tap for the token itself; `past`: the K - 1 tokens before."""
     taps, length = weight.shape[1], stream.shape[1]
     stream = pad(stream, (0, 0, taps - 1, 0)) if past is None else torch.cat([past.to(stream.dtype), stream], 1)
     out = stream[:, taps - 1 :] * weight[:, taps - 1]

@@ -29,7 +29,14 @@ from hf_attn.ops.neighborhood import (  # noqa: E402
     neighborhood_attention,
     neighborhood_mask,
 )
-from hf_attn.ops.neural_memory import MemoryStates, memory_coefficients, neural_memory, read_memory  # noqa: E402
+from hf_attn.ops.neural_memory import (  # noqa: E402
+    ChunkWeights,
+    MemoryStates,
+    chunk_gated_memory,
+    memory_coefficients,
+    neural_memory,
+    read_memory,
+)
 from hf_attn.ops.paged import page_scores, page_statistics, paged_attention, select_pages  # noqa: E402
 from hf_attn.ops.pooled_routes import block_scores, select_pooled_routes  # noqa: E402
 from hf_attn.ops.pyramid import (  # noqa: E402
@@ -50,6 +57,7 @@ from hf_attn.ops.spanned_window import spanned_window_attention  # noqa: E402
 from hf_attn.ops.windowed import gated_streaming_attention, sink_window_attention  # noqa: E402
 
 __all__ = [
+    "ChunkWeights",
     "MemoryStates",
     "antidiagonal_importance",
     "assign_levels",
@@ -57,6 +65,7 @@ __all__ = [
     "block_scores",
     "block_sparse_attention",
     "choose_path",
+    "chunk_gated_memory",
     "dense_attention",
     "document_attention",
     "document_scores",

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hf_attn.checks import require_int
 from hf_attn.ops.backend import checks_enabled, choose_path
+from hf_attn.ops.hfattn_sparse.neural_memory import chunk_gated
+from hf_attn.ops.hfattn_sparse.neural_memory.chunk_gated import ChunkWeights
 from hf_attn.ops.hfattn_sparse.neural_memory.coefficients import Coefficients
 from hf_attn.ops.hfattn_sparse.neural_memory.coefficients import coefficients as _coefficients
 from hf_attn.ops.hfattn_sparse.neural_memory.network import read as _read
@@ -124,10 +126,72 @@ def read_memory(query: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def memory_coefficients(theta: Tensor, eta: Tensor, alpha: Tensor, *, mask: Tensor | None = None) -> Coefficients:
     """beta, m, f `[..., m]` and N, G `[..., m, m]` of one chunk of m tokens, from its gates `[..., m]`.
 
-    W_t = beta_t W + f_t S - sum_s G[t, s] u_s and S_t = m_t S - sum_s N[t, s] u_s, where W and S are the weights and the
-    momentum before the chunk, and u_s the gradient of token s. `mask` is bool `[..., m]`, true for written tokens.
+    W_t = beta_t W + f_t S - sum_s G[t, s] u_s and S_t = m_t S - sum_s N[t, s] u_s, where W and S are the weights and
+    the momentum before the chunk, and u_s the gradient of token s. `mask` is bool `[..., m]`, true for written tokens.
     """
     return _coefficients(theta, eta, alpha, mask)
+
+
+def chunk_gated_memory(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    theta: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    chunk_size: int,
+    gradient_anchor: int | None = None,
+    loss_reduction: str = "mean",
+    memory_residual_norm: bool = True,
+) -> tuple[Tensor, ChunkWeights]:
+    """The memory that titans-pytorch computes: another function than `neural_memory`, for weights trained with it.
+
+    Momentum and forgetting are one a chunk, gradients of a chunk are summed, and token t is read with the weights
+    behind floor((t + 1) / chunk_size) complete chunks. Momentum begins at 0.
+
+    Args:
+        query, key, value: `[B, H, T, d]`.
+        theta: `[B, H, T]`; eta, alpha: `[B, H, floor(T / chunk_size)]`, of the complete chunks.
+        weights: matrices `[H, in, out]` or `[B, H, in, out]` and, with `memory_residual_norm`, gamma `[H, d]` or
+            `[B, H, d]` last.
+        gradient_anchor: tokens between the weights at which gradients are taken, a multiple of `chunk_size`; None takes
+            all of them at the initial weights.
+        loss_reduction: "mean" over features, or their "sum".
+        memory_residual_norm: M(x) = x + LayerNorm(MLP(x)) * (1 + gamma) instead of MLP(x); gamma is learned as well.
+
+    Returns the output `[B, H, T, d]` and the weights of all chunks with the last momentum, fp32 (fp64 in fp64).
+    """
+    require_int("chunk_size", chunk_size, 1)
+    if loss_reduction not in ("sum", "mean"):
+        raise ValueError(f"loss_reduction must be 'sum' or 'mean', got {loss_reduction!r}")
+    if gradient_anchor is not None and (gradient_anchor < 1 or gradient_anchor % chunk_size):
+        raise ValueError(f"gradient_anchor={gradient_anchor} must be a multiple of chunk_size={chunk_size}")
+    batch, heads, length, width = query.shape
+    count = length // chunk_size
+    for name, gate, steps in (("theta", theta, length), ("eta", eta, count), ("alpha", alpha, count)):
+        if gate.shape != (batch, heads, steps):
+            raise ValueError(f"{name} must be [{batch}, {heads}, {steps}], got {list(gate.shape)}")
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    matrices = len(weights) - memory_residual_norm
+    if matrices < 1:
+        raise ValueError(f"weights holds {len(weights)} tensors; at least one matrix is needed besides gamma")
+    with torch.autocast(query.device.type, enabled=False):
+        start = [
+            w.to(exact).expand(batch, heads, *w.shape[-2 if index < matrices else -1 :])
+            for index, w in enumerate(weights)
+        ]
+        tokens = (t.to(exact) for t in (query, key, value, theta, eta, alpha))
+        out, states = chunk_gated.forward(
+            *tokens,
+            start,
+            chunk=chunk_size,
+            anchor=gradient_anchor,
+            residual_norm=memory_residual_norm,
+            mean_loss=loss_reduction == "mean",
+        )
+    return out.to(query.dtype), states
 
 
 def _form(path: str):

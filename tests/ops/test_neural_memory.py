@@ -106,7 +106,7 @@ def test_a_sequence_may_be_cut_anywhere(chunk):
 
 @pytest.mark.parametrize("path", ["torch", "reference"])
 def test_hidden_tokens_count_for_nothing(path, monkeypatch):
-    """Rows of 9, 4, 0 and 1 real tokens anywhere, twice in a row, are the rows without the others; NaN may hide there."""
+    """Rows of 9, 4, 0 and 1 real tokens anywhere, twice, are the rows without the others; NaN may hide there."""
     monkeypatch.setenv("HF_ATTN_BACKEND", path)
     tokens, weights, momentum = _inputs(4, 2, 9, 4, 2, 6, dtype=torch.float64)
     mask = torch.tensor([[1] * 9, [0, 1, 1, 0, 0, 1, 0, 1, 0], [0] * 9, [0] * 8 + [1]]).bool()
@@ -139,7 +139,7 @@ def test_hidden_tokens_count_for_nothing(path, monkeypatch):
 
 
 def test_orthonormal_keys_are_remembered_exactly():
-    """A linear memory with step 1/2 and no momentum is corrected in one step; forgetting 1 erases; momentum 1 keeps on."""
+    """Step 1/2 without momentum corrects a linear memory at once; forgetting 1 erases; momentum 1 keeps on."""
     basis = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
     keys, values = basis[None, None, :6], torch.randn(1, 1, 6, 8, generator=torch.Generator().manual_seed(1))
     start = [torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(2))]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_attn import ops
-from hf_attn.models.titans import TitansConfig, titans_mixer
+from hf_attn.models.titans import ChunkGatedMemory, TitansConfig, titans_mixer
 
 HAS_TRITON = False
 _TOKENS = ("q", "k", "v", "theta", "eta", "alpha")
@@ -115,4 +115,29 @@ def _parameter(name: str) -> str:
 
 
 def _chunk_gated(given: dict[str, Tensor], case: dict[str, Any], eps: float) -> dict[str, Tensor]:
-    return {}
+    layer = ChunkGatedMemory(
+        case["dim"],
+        case["heads_"],
+        chunk_size=case["chunk"],
+        depth=case["depth"],
+        expansion=case["exp"],
+        theta_max=case["maxlr"],
+        gradient_anchor=case["batch"],
+        gate_granularity="chunk",
+        loss_reduction="mean",
+        memory_residual_norm=True,
+        norm_eps=eps,
+    )
+    names = {"mem_gamma": "memory_gamma", "gate_w": "gate_proj.weight"}
+    names |= {f"{part}_proj": f"{part}_proj.weight" for part in "qkvo"}
+    for gate in ("theta", "eta", "alpha"):
+        names |= {f"{gate}_w": f"{gate}_proj.weight", f"{gate}_b": f"{gate}_proj.bias"}
+    weights = {key[2:]: value for key, value in given.items() if key.startswith("w.")}
+    layer.load_state_dict({names.get(key, key.replace("mem.", "memory.")): value for key, value in weights.items()})
+    with torch.no_grad():
+        out, states = layer(given["x"])
+    results = {"out": out}
+    for kind, tensors in (("chunk_weights", states.weights), ("momentum_final", states.momentum)):
+        results |= {f"{kind}.mem.{index}": t for index, t in enumerate(tensors[:-1])}
+        results[f"{kind}.mem_gamma"] = tensors[-1]
+    return results

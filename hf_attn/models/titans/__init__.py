@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from hf_attn.models.titans.configuration_titans import TitansConfig
+from hf_attn.nn.chunk_gated_memory import ChunkGatedMemory
 from hf_attn.nn.neural_memory import NeuralMemory
 
-__all__ = ["NeuralMemory", "TitansConfig"]
+__all__ = ["ChunkGatedMemory", "NeuralMemory", "TitansConfig"]
 
 
 def __getattr__(name: str):

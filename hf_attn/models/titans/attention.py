@@ -39,7 +39,8 @@ class TitansAttention(nn.Module):
         name = self.config._attn_implementation or "sdpa"
         if name not in IMPLEMENTATIONS:
             raise ValueError(
-                f"attn_implementation={name!r} does not take the masks of Titans; use one of {', '.join(IMPLEMENTATIONS)}"
+                f"attn_implementation={name!r} does not take the masks of Titans; use one of "
+                f"{', '.join(IMPLEMENTATIONS)}"
             )
         mask = mask[:, None]
         if name == "eager":

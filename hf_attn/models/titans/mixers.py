@@ -63,7 +63,7 @@ class TitansMixer(nn.Module):
         return self.persistent.expand(batch, -1, -1)
 
     def _led(self, hidden: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
-        """The stream with the persistent tokens in front where it begins, its lengths, and how many these tokens are."""
+        """The stream with the persistent tokens in front where it begins, its lengths, and how many they are."""
         lead = 0 if state else self.config.num_persistent_tokens
         if not lead:
             return hidden, lengths, 0

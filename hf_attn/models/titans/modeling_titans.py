@@ -93,7 +93,7 @@ class TitansPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, NeuralMemory):
-            _init_memory(module)
+            initialise_memory(module)
         elif isinstance(module, TitansNorm):
             init.ones_(module.weight)
         elif isinstance(module, TitansMixer):
@@ -108,13 +108,13 @@ class TitansPreTrainedModel(PreTrainedModel):
         return False
 
 
-def _init_memory(module: NeuralMemory) -> None:
+def initialise_memory(module: NeuralMemory) -> None:
     """As `NeuralMemory.reset_parameters`, for the parameters that no checkpoint brought."""
     for weight in module.memory:
         init.normal_(weight, mean=0.0, std=weight.shape[1] ** -0.5)
     for name in ("q_conv", "k_conv", "v_conv") if module.conv_kernel else ():
-        bound = module.conv_kernel**-0.5
-        init.uniform_(getattr(module, name), -bound, bound)
+        init.uniform_(getattr(module, name), 0, 2 / module.conv_kernel)
+    init.copy_(module.k_proj.weight, module.q_proj.weight)
     for name, bias in module.biases.items():
         init.constant_(getattr(module, f"{name}_proj").bias, bias)
     init.ones_(module.norm)
@@ -155,8 +155,7 @@ class TitansModel(TitansPreTrainedModel):
 
         Args:
             input_ids, inputs_embeds: `[B, N]` or `[B, N, hidden_size]`, exactly one of them.
-            attention_mask: `[B, N]` or `[B, past + N]`, 1 = real; padding may lie anywhere. States at other tokens are 0
-                before the last norm.
+            attention_mask: `[B, N]` or `[B, past + N]`, 1 = real; padding may lie anywhere; states there are 0.
             position_ids: read only to refuse packed sequences.
             cache, past_key_values: a TitansCache (the second name is that of older versions).
             use_cache: make one when none is given; default `config.use_cache` outside training.
@@ -211,8 +210,8 @@ class TitansModel(TitansPreTrainedModel):
             held = [t for name, t in layer.state.carried().items() if name.startswith("weights.")]
             if held and [tuple(t.shape) for t in held] != shapes or (layer.state.batch or batch) != batch:
                 raise ValueError(
-                    f"the cache holds memories {[tuple(t.shape) for t in held]}, this step needs {shapes}: it was filled "
-                    "with another batch or by another model; start with a new one"
+                    f"the cache holds memories {[tuple(t.shape) for t in held]}, this step needs {shapes}: it was "
+                    "filled with another batch or by another model; start with a new one"
                 )
         return cache
 

@@ -29,7 +29,7 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(theta: Tensor, eta: Tensor, alpha: Tensor, mask: Tensor | None = None) -> Coefficients:
-    """The row recurrences N_t = eta_t N_{t-1} + theta_t e_t and G_t = (1 - alpha_t) G_{t-1} + N_t, and those of W and S.
+    """Rows N_t = eta_t N_{t-1} + theta_t e_t and G_t = (1 - alpha_t) G_{t-1} + N_t, and the factors of W and S.
 
     Two solves with unit bidiagonal matrices: nothing is divided by a gate, so gates of exactly 0 and 1 are as good as
     others. A token that `mask` hides repeats the row before it.

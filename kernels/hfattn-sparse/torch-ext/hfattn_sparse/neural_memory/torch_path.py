@@ -1,13 +1,13 @@
 """Neural memory a chunk at a time: all gradients of a chunk in one pass, its per-token weights never formed.
 
-Within a chunk the gradients are taken at one set of weights, so W_t = beta_t W + f_t S - sum_s G[t, s] a_s^T delta_s, and
-x W_t is three products of matrices (`coefficients` has beta, f and G). Only chunks follow one another. The code is plain
-differentiable torch: autograd gives the second-order terms of the outer gradient exactly.
+Within a chunk the gradients are taken at one set of weights, so W_t = beta_t W + f_t S - sum_s G[t, s] a_s^T delta_s,
+and x W_t is three products of matrices (`coefficients` has beta, f and G). Only chunks follow one another. The code is
+plain differentiable torch: autograd gives the second-order terms of the outer gradient exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 
 import torch
 from torch import Tensor
@@ -43,13 +43,19 @@ def forward(
         weights, momentum, anchor: L tensors `[R, in, out]` each.
         begun: `anchor` is right for the first chunk even if `offset` says that it starts here.
     """
-    outs = []
-    for tokens, c in _pieces(theta, eta, alpha, mask, offset, chunk):
-        if (offset + tokens.start) % chunk == 0 and not (begun and tokens.start == 0):
-            anchor = _renewed(anchor, weights, None if mask is None else mask[:, tokens])
-        inputs, deltas = inner_gradient(key[:, tokens], value[:, tokens], anchor, **loss)
-        outs.append(_read(query[:, tokens], c.before() if before else c, weights, momentum, inputs, deltas))
+    outs, start = [], offset
+    sizes = _sizes(offset, chunk, query.shape[1])
+    # Split once, not sliced in the loop: the backward of a slice is as large as the whole sequence.
+    parts = zip(*(t.split(sizes, 1) for t in (query, key, value)), strict=True)
+    shown = [None] * len(sizes) if mask is None else mask.split(sizes, 1)
+    every = _coefficients(theta, eta, alpha, mask, sizes)
+    for (q, k, v), c, rows in zip(parts, every, shown, strict=True):
+        if start % chunk == 0 and not (begun and start == offset):
+            anchor = _renewed(anchor, weights, rows)
+        inputs, deltas = inner_gradient(k, v, anchor, **loss)
+        outs.append(_read(q, c.before() if before else c, weights, momentum, inputs, deltas))
         weights, momentum = _behind(c, weights, momentum, inputs, deltas)
+        start += q.shape[1]
     return torch.cat(outs, 1) if outs else torch.zeros_like(query), weights, momentum, anchor
 
 
@@ -76,23 +82,25 @@ def step(
     return read(query, old if before else weights), weights, momentum
 
 
-def _pieces(
-    theta: Tensor, eta: Tensor, alpha: Tensor, mask: Tensor | None, offset: int, chunk: int
-) -> Iterator[tuple[slice, Coefficients]]:
-    """The rest of a chunk that was begun, whole chunks, and the beginning of another, with their coefficients."""
-    length = theta.shape[1]
+def _sizes(offset: int, chunk: int, length: int) -> list[int]:
+    """The rest of a chunk that was begun, whole chunks, and the beginning of another."""
     head = min(-offset % chunk, length)
-    whole = (length - head) // chunk
-    stop = head + whole * chunk
-    for start, end, count in ((0, head, 1), (head, stop, whole), (stop, length, 1)):
-        if start == end:
-            continue
-        gates = (None if g is None else g[:, start:end].unflatten(1, (count, -1)) for g in (theta, eta, alpha, mask))
-        every = coefficients(*gates)
-        size = (end - start) // count
-        for number in range(count):
-            first = start + number * size
-            yield slice(first, first + size), Coefficients(*(c[:, number] for c in every))
+    whole, rest = divmod(length - head, chunk)
+    return [size for size in (head, *[chunk] * whole, rest) if size]
+
+
+def _coefficients(
+    theta: Tensor, eta: Tensor, alpha: Tensor, mask: Tensor | None, sizes: list[int]
+) -> list[Coefficients]:
+    """Of every piece; neighbours of one size in one call."""
+    found, start = [], 0
+    for size, group in itertools.groupby(sizes):
+        count = len(list(group))
+        stop = start + count * size
+        gates = (None if g is None else g[:, start:stop].unflatten(1, (count, size)) for g in (theta, eta, alpha, mask))
+        found += [Coefficients(*piece) for piece in zip(*(c.unbind(1) for c in coefficients(*gates)), strict=True)]
+        start = stop
+    return found
 
 
 def _renewed(anchor: Weights, weights: Weights, mask: Tensor | None) -> Weights:
