@@ -1,6 +1,7 @@
 """Speed of head-routed attention (query-norm routing included) against dense causal attention, in the same run.
 
     python -m hf_attn.bench.head_routed_speed --lengths 1024 2048 4096 --threads 1
+    python -m hf_attn.bench.head_routed_speed --lengths 4096 --backward         # forward and backward together
 
 Each case is checked first against dense attention; a case that fails gets no speed. HF_ATTN_BACKEND=torch times the
 gathered form also where the op would run dense.
@@ -9,6 +10,7 @@ gathered form also where the op would run dense.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,19 +30,30 @@ def run_case(length: int, top_k: int, args: argparse.Namespace) -> str:
     def dense() -> torch.Tensor:
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
-    def routed() -> torch.Tensor:
-        return head_routed_attention(query, key, value, router(query.transpose(1, 2)).heads.transpose(1, 2))
+    def choose() -> torch.Tensor:
+        with torch.no_grad():
+            return router(query.transpose(1, 2)).heads.transpose(1, 2)
 
-    heads = router(query.transpose(1, 2)).heads.transpose(1, 2)
+    def routed() -> torch.Tensor:
+        return head_routed_attention(query, key, value, choose())
+
+    def step(forward: Callable[[], torch.Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(forward().sum(), leaves)
+
+    heads = choose()
     reset_path_counts()
-    with torch.no_grad():
+    leaves = [x.requires_grad_(args.backward) for x in (query, key, value)]
+    with torch.set_grad_enabled(args.backward):
         error = float((routed() - dense() * heads[..., None]).abs().max())
         form = next(iter(path_counts())).partition(" | ")[2]
         share = (args.shared + top_k) / args.heads
         start = f"{length:>7} {args.shared + top_k}/{args.heads:<4} {form:>13} {error:>9.1e}"
         if not error < 1e-5:
             return f"{start}  FAILED: no speed for a wrong result"
-        times = interleaved({"dense": dense, "routed": routed}, repeats=args.repeats)
+        timed = {"dense": dense, "routed": routed}
+        if args.backward:
+            timed = {name: step(forward) for name, forward in timed.items()}
+        times = interleaved(timed, repeats=args.repeats)
     ratio = paired_ratio(times["dense"], times["routed"])
     milliseconds = [times[name].median * 1e3 for name in ("dense", "routed")]
     return f"{start} {milliseconds[0]:>9.1f} {milliseconds[1]:>9.1f} {ratio:>9.2f} {ratio * share:>9.2f}"
@@ -56,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shared", type=int, default=3)
     parser.add_argument("--top-k", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--backward", action="store_true", help="time forward and backward together")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(

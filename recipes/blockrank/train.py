@@ -22,10 +22,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_attn
 from hf_attn.analysis.ranking import bm25, bootstrap_p, gains, measures, rank_of
+from hf_attn.bench.recipe_models import RANDOM, base_with_tokenizer
 from hf_attn.models.blockrank import PromptBuilder
 from hf_attn.training.blockrank import BlockRankTrainer, Record, ranking_records
 from hf_attn.training.docstrings import docstring_entries, leakage, split_by_module
-from hf_attn.training.models import RANDOM, base_with_tokenizer
 
 HERE = Path(__file__).parent
 SMOKE = {

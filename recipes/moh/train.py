@@ -25,9 +25,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_attn
+from hf_attn.bench.recipe_models import RANDOM, base_with_encoder
 from hf_attn.training.data import blocks, reference_text
 from hf_attn.training.head_load import HeadLoad
-from hf_attn.training.models import RANDOM, base_with_encoder
 
 HERE = Path(__file__).parent
 ON_CPU = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")

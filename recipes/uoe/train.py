@@ -21,9 +21,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_attn
+from hf_attn.bench.recipe_models import RANDOM, base_with_encoder
 from hf_attn.models.uoe import order_neurons
 from hf_attn.training.data import blocks, reference_text
-from hf_attn.training.models import RANDOM, base_with_encoder
 
 HERE = Path(__file__).parent
 # A tiny random model over bytes: shows within seconds that everything runs.
