@@ -33,7 +33,9 @@ def forward(
     out = torch.empty(*query.shape[:3], value.shape[3], dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     given = _Given(query, key, value, rpb, key_mask, windows)
-    given.launch(forward_kernel, "neighborhood_forward", (out, lse), (), scale * LOG2E.value)
+    # The addresses of a bias table take registers.
+    name = "neighborhood_forward" if rpb is None else "neighborhood_forward_bias"
+    given.launch(forward_kernel, name, (out, lse), (), scale * LOG2E.value)
     return out, lse
 
 
