@@ -205,6 +205,7 @@ def test_ablations_have_no_other_layer(mixers):
         assert run(model).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_block_compiles_without_breaks():
     block = LaMambaBlock(8, 8, heads=2, window=4, shift=2, state_size=2)
     x, cond = torch.randn(2, 8, 8, 8, requires_grad=True), torch.randn(2, 8)
