@@ -51,7 +51,8 @@ def doctor(
     Args:
         model: a transformers model, or a PEFT model around one.
         seq_len: prefill length(s) in tokens to predict the density for; those above the model's limit are left out.
-        input_ids: tokens `[1, n]` for the probe; default 16 random ones, with `plot` up to 1024.
+        input_ids: tokens `[1, n]` for the probe; default 16 random ones, with `plot` up to 1024. Vision models are
+            probed with a random image of their size.
         plot: file for a picture (PNG) of the key blocks that each query block selects in the probe; needs matplotlib.
         layer: the layer to draw; default the first sparse one.
 
@@ -69,12 +70,16 @@ def doctor(
         model_verbs.refuse_model(model, name)
     except ValueError as error:
         report.problems.append(str(error))
-    if input_ids is None:
-        input_ids = _random_tokens(model, 16 if plot is None else 1024)
-    seen, paths = _probe(model, input_ids, report)
-    sparse = _check_layers(model, name, seen, report)
-    if seen:
-        _check_rows(model, name, input_ids[:, :16].to(model.device), report)
+    if input_ids is None and _reads_images(model):
+        seen, paths = _probe(model, {"pixel_values": _random_image(model)}, report)
+        sparse = _check_layers(model, name, seen, report)
+    else:
+        if input_ids is None:
+            input_ids = _random_tokens(model, 16 if plot is None else 1024)
+        seen, paths = _probe(model, {"input_ids": input_ids, "use_cache": False}, report)
+        sparse = _check_layers(model, name, seen, report)
+        if seen:
+            _check_rows(model, name, input_ids[:, :16].to(model.device), report)
     _describe_path(model, paths, report)
     _describe_limits(model, report)
     if sparse:
@@ -140,8 +145,21 @@ def _random_tokens(model: PreTrainedModel, length: int) -> Tensor:
     return torch.randint(0, config.vocab_size, (1, length), generator=generator)
 
 
+def _reads_images(model: PreTrainedModel) -> bool:
+    """A vision model: its one input is an image."""
+    return model.main_input_name == "pixel_values"
+
+
+def _random_image(model: PreTrainedModel) -> Tensor:
+    """`[1, channels, height, width]` of the model's own size (224 where the config has none)."""
+    size = getattr(model.config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = 1, getattr(model.config, "num_channels", 3), height, width
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+
+
 def _probe(
-    model: PreTrainedModel, input_ids: Tensor, report: DoctorReport
+    model: PreTrainedModel, inputs: dict[str, Any], report: DoctorReport
 ) -> tuple[dict[nn.Module, Seen], dict[str, int]]:
     """The calls of one forward by attention module, and how often which path ran; an error becomes a problem."""
     seen: dict[nn.Module, Seen] = {}
@@ -154,12 +172,13 @@ def _probe(
     try:
         model.eval()
         with torch.no_grad(), separate_stats(), watching(note):
-            model(input_ids=input_ids.to(model.device), use_cache=False)
+            model(**{name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()})
             for layer in model_stats(model).values():
                 for path, count in layer["paths"].items():
                     paths[path] = paths.get(path, 0) + count
     except Exception as error:
-        report.problems.append(f"a forward of {input_ids.shape[1]} tokens fails: {type(error).__name__}: {error}")
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items() if isinstance(x, Tensor))
+        report.problems.append(f"a forward of {shapes} fails: {type(error).__name__}: {error}")
     finally:
         for module, training in flags:
             module.training = training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, ViTConfig, ViTModel
 
 import hf_attn
 from tests.integrations.transformers.tiny import build, tokens
@@ -102,3 +102,13 @@ def test_picture_of_a_mechanism_without_blocks(tmp_path):
     model = hf_attn.apply(build("llama"), "exact")
     with pytest.raises(ValueError, match="exact selects no blocks"):
         hf_attn.doctor(model, plot=tmp_path / "x.png")
+
+
+def test_a_vision_model():
+    config = ViTConfig(
+        image_size=32, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = hf_attn.apply(ViTModel(config), "neighborhood", grid=[4, 4], prefix_tokens=1, kernel_size=3, min_tokens=0)
+    report = hf_attn.doctor(model)
+    assert report.ok, report.problems
+    assert "called by 2 layers of 2" in str(report)
