@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_attn.checks import require_int
+from hf_attn.checks import require_int, require_one_of
 from hf_attn.ops.backend import Path, autocast, check_qkv, checks_enabled, choose_path
 
 DEFAULT_BLOCK = 64
@@ -25,6 +25,7 @@ def linear_attention(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     block_size: int = DEFAULT_BLOCK,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """o_t = scale * q_t S_t with S_t = exp(-slope) S_{t-1} + k_t^T v_t, in blocks.
 
@@ -42,6 +43,8 @@ def linear_attention(
             nor add to it; their output is that of the unchanged state.
         cu_seqlens: int `[sequences + 1]` from 0 to N with batch 1: sequences end to end, the state restarts at each.
         block_size: tokens whose pairs are computed at a time; the result depends on it by rounding only.
+        backend: "auto" is our own paths, or "fla": `chunk_simple_gla` of flash-linear-attention, where it is installed
+            and the tensors are on a GPU. It keeps states between its chunks in the inputs' dtype.
 
     Returns out `[B, H, N, E]` in the query's dtype; with `return_state` also the state, fp32 (fp64 in fp64).
     Differentiable in query, key, value and initial_state. Raises ValueError for shapes, dtypes or options that do not
@@ -69,8 +72,12 @@ def linear_attention(
         slopes = (slopes[:, None] if slopes.dim() == 1 else slopes) * real
         value = value.masked_fill(~real[..., None], 0)
         key = key.masked_fill(~real[..., None], 0)
-    form = _form(choose_path("linear_attention", query, dim, value.shape[3]))
-    out, state = form(query, key, value, slopes, initial_state, cu_seqlens, float(scale), block_size)
+    require_one_of("backend", backend, ("auto", "fla"))
+    if backend == "fla":
+        out, state = _by_fla(query, key, value, slopes, initial_state, cu_seqlens, float(scale))
+    else:
+        form = _form(choose_path("linear_attention", query, dim, value.shape[3]))
+        out, state = form(query, key, value, slopes, initial_state, cu_seqlens, float(scale), block_size)
     return (out, state) if return_state else out
 
 
@@ -82,6 +89,39 @@ def _form(path: Path) -> Callable[..., tuple[Tensor, Tensor]]:
 
         return triton_op.linear_attention
     return op.run_reference if path == "reference" else op.linear_attention
+
+
+def _by_fla(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """flash-linear-attention's operator for the same function: tokens before heads, gates that are negative slopes.
+
+    Its "lightning" functions are not used: their slopes and scale are other ones than those of trained weights.
+    """
+    if query.device.type == "cpu":
+        raise RuntimeError("backend='fla' needs tensors on a GPU, got 'cpu'; use backend='auto'")
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError as error:
+        raise RuntimeError(
+            "backend='fla' needs flash-linear-attention: pip install flash-linear-attention, or backend='auto'"
+        ) from error
+    gates = {"g_gamma": -slopes.float()} if slopes.dim() == 1 else {"g": -slopes.float().transpose(1, 2)}
+    out, final = chunk_simple_gla(
+        *(t.transpose(1, 2) for t in (query, key, value)),
+        **gates,
+        scale=scale,
+        initial_state=None if state is None else state.float(),
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+    )
+    return out.transpose(1, 2), final
 
 
 def _check_slopes(slopes: Tensor, query: Tensor) -> Tensor:

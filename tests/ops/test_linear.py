@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
 
 from hf_attn import ops
+from hf_attn.ops import linear
 from hf_attn.ops.hfattn_sparse.linear import reference, torch_path
 from tests.budget import assert_as_good_as_eager
 
@@ -215,3 +218,48 @@ def test_bad_input_is_named(change, word):
     arguments = {name: torch.randn(1, 2, 9, 8) for name in ("query", "key", "value")} | {"slopes": torch.rand(2)}
     with pytest.raises(ValueError, match=word):
         ops.linear_attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("every_token", [False, True])
+def test_arguments_of_flash_linear_attention(every_token, monkeypatch):
+    """Its operator by a stand-in with the same signature and layout: `[B, T, H, D]`, gates instead of slopes."""
+    seen = {}
+
+    def chunk_simple_gla(q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False,
+                         cu_seqlens=None):  # fmt: skip
+        seen.update(scale=scale, output_final_state=output_final_state)
+        slopes = -g.transpose(1, 2) if g is not None else -g_gamma
+        out, state = reference.forward(*(t.transpose(1, 2) for t in (q, k, v)), slopes, initial_state, scale)
+        return out.transpose(1, 2), state
+
+    module = types.ModuleType("fla.ops.simple_gla")
+    module.chunk_simple_gla = chunk_simple_gla
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", module)
+    *tensors, slopes = _inputs(2, 3, 20, 8, 12, every_token=every_token)
+    want = ops.linear_attention(*tensors[:3], slopes, scale=0.3, initial_state=tensors[3], return_state=True)
+    got = linear._by_fla(*(OnGpu(t) for t in tensors[:3]), slopes, tensors[3], None, 0.3)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert seen == {"scale": 0.3, "output_final_state": True}
+
+
+def test_flash_linear_attention_where_it_cannot_run():
+    *tensors, slopes = _inputs(1, 1, 4, 4, 4)
+    with pytest.raises(RuntimeError, match="backend='fla' needs tensors on a GPU, got 'cpu'"):
+        ops.linear_attention(*tensors[:3], slopes, backend="fla")
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'fla', got 'cuda'"):
+        ops.linear_attention(*tensors[:3], slopes, backend="cuda")
+
+
+class OnGpu:
+    """A CPU tensor that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def transpose(self, *dims):
+        return self.tensor.transpose(*dims)

@@ -11,7 +11,7 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, hardshrink
 
 from .coefficients import Coefficients, coefficients
 from .network import inner_gradient, read
@@ -132,4 +132,10 @@ def _behind(
         transposed = a.mT
         new_weights.append(torch.baddbmm(torch.addcmul(f * s, beta, w), transposed, d * in_weights, alpha=-1))
         new_momentum.append(torch.baddbmm(m * s, transposed, d * in_momentum, alpha=-1))
-    return new_weights, new_momentum
+    return [_normal(w) for w in new_weights], [_normal(s) for s in new_momentum]
+
+
+def _normal(state: Tensor) -> Tensor:
+    """Entries below the root of the smallest normal number as 0: a memory that forgets for long ends in subnormal
+    numbers, whose products take many times longer."""
+    return hardshrink(state, torch.finfo(state.dtype).tiny ** 0.5)
