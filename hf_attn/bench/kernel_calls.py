@@ -290,23 +290,18 @@ def _head_routed_gradients(shape: Shape) -> tuple[Any, ...]:
     return torch.randn_like(out), *given[:5], out, lse, *given[5:7]
 
 
-def _linear(q_len: int | None = None) -> Callable[[Shape], tuple[Any, ...]]:
+def _linear(shape: Shape) -> tuple[Any, ...]:
     """A slope a head behind an initial state; with `Shape.index` two packed sequences and a slope a token."""
-
-    def arguments(shape: Shape) -> tuple[Any, ...]:
-        length = shape.q_len if q_len is None else q_len
-        shape = replace(shape, k_len=length, kv_heads=shape.heads)
-        query, key, value = shape.tensors(length)
-        borders = torch.tensor([0, length // 4, length], device=shape.device) if shape.index else None
-        slopes = torch.rand(*((1, shape.heads, length) if shape.index else (shape.heads,)), device=shape.device)
-        state = torch.randn(2 if shape.index else 1, shape.heads, key.shape[3], value.shape[3], device=shape.device)
-        return query, key, value, slopes, state, borders, 1.0, 64
-
-    return arguments
+    length = shape.q_len
+    query, key, value = replace(shape, k_len=length, kv_heads=shape.heads).tensors()
+    borders = torch.tensor([0, length // 4, length], device=shape.device) if shape.index else None
+    slopes = torch.rand(*((1, shape.heads, length) if shape.index else (shape.heads,)), device=shape.device)
+    state = torch.randn(2 if shape.index else 1, shape.heads, key.shape[3], value.shape[3], device=shape.device)
+    return query, key, value, slopes, state, borders, 1.0, 64
 
 
 def _linear_gradients(shape: Shape) -> tuple[Any, ...]:
-    given = _linear()(shape)
+    given = _linear(shape)
     out, state = _find(_LINEAR[0])(*given)
     return torch.randn_like(out), torch.randn_like(state), *given
 
@@ -383,8 +378,7 @@ CALLS = (
     KernelCall("neighborhood attention", *_NEAR, _neighborhood(False)),
     KernelCall("neighborhood attention: bias", *_NEAR, _neighborhood(True)),
     KernelCall("neighborhood attention: backward", *_NEAR_BACKWARD, _neighborhood_gradients),
-    KernelCall("linear attention", *_LINEAR, _linear()),
-    KernelCall("linear attention: decode", *_LINEAR, _linear(1)),
+    KernelCall("linear attention", *_LINEAR, _linear),
     KernelCall("linear attention: backward", *_LINEAR_BACKWARD, _linear_gradients),
 )
 

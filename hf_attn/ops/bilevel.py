@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from math import prod
 
 import torch
@@ -106,7 +107,10 @@ def select_regions(query: Tensor, key: Tensor, *, region_size: Sequence[int], to
 
 def best_regions(query_means: Tensor, key_means: Tensor, top_k: int) -> Tensor:
     """int64 `[B, regions, top_k]` from mean queries and keys `[B, regions, C]`, in their precision under autocast."""
-    with torch.autocast(query_means.device.type, enabled=False):
+    device = query_means.device.type
+    # Devices without autocast, meta among them, do not know the context either.
+    exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with exact:
         return (query_means @ key_means.mT).topk(top_k, -1).indices
 
 

@@ -100,6 +100,7 @@ def test_kernels_of_all_ops_are_there(report):
     names |= {"page_statistics": "page statistics", "page_scores": "page scores", "paged_attention": "paged attention"}
     names |= {"sink_window_attention": "sink-window attention", "pyramid_attention": "pyramid attention"}
     names |= {"quantized_block_attention": "quantised attention", "head_routed_attention": "head-routed attention"}
+    names |= {"linear_attention": "linear attention", "neighborhood_attention": "neighborhood attention"}
     assert TRITON_OPS <= names.keys()
     for op in TRITON_OPS:
         assert [p for p in report[0] if p["origin"].startswith(names[op])], op

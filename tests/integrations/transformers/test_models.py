@@ -13,7 +13,17 @@ from tests.integrations.transformers.tiny import assert_close, build, cache_argu
 # Types with their own options in the tests below; the rest run the mask scenarios only.
 MAIN = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text", "gpt2", "opt", "gpt_neox"]
 # Encoders, encoder-decoders and multimodal parts have their own inputs: tests/compatibility compares those.
-ELSEWHERE = {"bart", "bert", "clip_text_model", "deepseek_v3", "modernbert", "qwen2_vl_text", "vit", "whisper"}
+ELSEWHERE = {
+    "bart",
+    "bert",
+    "clip_text_model",
+    "deepseek_v3",
+    "modernbert",
+    "moh_vit",
+    "qwen2_vl_text",
+    "vit",
+    "whisper",
+}
 MASKED = sorted(COMPACT_OK - ELSEWHERE)
 
 
