@@ -280,6 +280,7 @@ def test_apply_on_a_model_that_was_built_by_the_host():
         hf_attn.apply(model, "neighborhood", kernel=3)
 
 
+@pytest.mark.slow
 def test_a_newer_natten_does_not_break_the_import(tmp_path):
     """natten >= 0.17.5 has no natten2dqkrpb: the host's module cannot be imported, ours can."""
     (tmp_path / "natten").mkdir()

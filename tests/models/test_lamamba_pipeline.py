@@ -90,6 +90,7 @@ def test_pixel_space_round_trip(tmp_path):
         pytest.param("from diffusers import DiffusionPipeline\nimport hf_attn", id="after", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_fresh_process_loads_it(imports, tmp_path):
     pipe = pixels()
     want = float(sample(pipe).double().sum())

@@ -35,7 +35,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", ["xt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t", "s", "b"))])
 def test_presets_have_the_published_sizes(name):
     found = []
     for options in ({}, {"use_aux_head": False}, {"deploy": True}):

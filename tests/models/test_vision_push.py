@@ -9,6 +9,8 @@ from tests.models.vision_families import FAMILIES
 
 CODE = """
 import sys
+
+import pytest
 sys.path.insert(0, {root!r})
 import torch
 from transformers import AutoBackbone, AutoImageProcessor, AutoModelForImageClassification
@@ -29,6 +31,7 @@ print("all loaded")
 """
 
 
+@pytest.mark.slow
 def test_round_trip(loopback):
     hub, environment = loopback
     root = str(Path(__file__).resolve().parents[2])

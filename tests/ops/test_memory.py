@@ -71,7 +71,7 @@ def peak_of(function: str, length: int, mode: str = "forward", cap: int | None =
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("function", ["moba", "block_sparse"])
+@pytest.mark.parametrize("function", [pytest.param("moba", marks=pytest.mark.slow), "block_sparse"])
 def test_forward_memory(function):
     """At 32k at most 2.25 times SDPA's, at 64k at most twice the 32k value (5 % for the allocator's pages)."""
     dense, sparse = peak_of("dense", 32768), peak_of(function, 32768)
@@ -80,7 +80,7 @@ def test_forward_memory(function):
     assert twice <= 2.1 * sparse, f"{twice / 1e6:.1f} MB at 64k, {sparse / 1e6:.1f} MB at 32k"
 
 
-@pytest.mark.parametrize("function", ["moba", "block_sparse", "neighborhood"])
+@pytest.mark.parametrize("function", ["moba", "block_sparse", pytest.param("neighborhood", marks=pytest.mark.slow)])
 def test_training_memory_is_linear(function):
     at_16k, at_32k = peak_of(function, 16384, "backward"), peak_of(function, 32768, "backward")
     assert at_32k <= 2.2 * at_16k, f"{at_32k / 1e6:.1f} MB at 32k, {at_16k / 1e6:.1f} MB at 16k"

@@ -43,6 +43,7 @@ def test_every_option_is_explained():
     assert {"ranker", "loss", "lora", "training", "evaluation"} <= set(yaml.safe_load("\n\n".join(blocks)))
 
 
+@pytest.mark.slow
 def test_example(tiny_model):
     command = [sys.executable, "examples/blockrank.py", "--model", tiny_model]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -19,6 +19,7 @@ from tests.recipes.test_moba_recipes import script, smoke
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_smoke_resume_and_example(tmp_path, monkeypatch, capsys):
     smoke("oneformer_finetune", tmp_path, monkeypatch)
     results = json.loads((tmp_path / "results.json").read_text())
