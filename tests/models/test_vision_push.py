@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.loopback_hub import run_python
 from tests.models.vision_families import FAMILIES
 
