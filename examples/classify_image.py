@@ -1,7 +1,6 @@
 """Classify an image with a vision backbone of hf-attn, by a pipeline that needs PIL only.
 
 python examples/classify_image.py --image photo.jpg                               # BiFormer-T with random weights
-python examples/classify_image.py --image photo.jpg                               # BiFormer-T with random weights
 python examples/classify_image.py --image photo.jpg --weights biformer_tiny.pth   # official weights, renamed
 python examples/classify_image.py --image photo.jpg --model FOLDER                # e.g. saved by the recipe
 """

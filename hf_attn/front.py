@@ -35,7 +35,8 @@ def convert(model_or_repo: Any, name: str, *, load: dict[str, Any] | None = None
             the new class.
         name: "moba": Llama, Qwen2, Qwen3 and Mistral with a key convolution. "landmark": the same families with
             landmark tokens and retrieval of cached blocks. "moh": the same families, ViT and DiT, with Mixture-of-Head
-            attention. "uoe": the same families as unions of experts.
+            attention. "uoe": the same families as unions of experts. "titans": the same families with a memory beside
+            the attention.
         load: arguments of `from_pretrained` for a Hub id or folder (`dtype`, `device_map`, `revision`, ...).
         options: the system's options, see docs/<name>.md. For "moba" those of the mechanism, and `kconv_width` (odd,
             default 3).

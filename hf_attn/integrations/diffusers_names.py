@@ -9,11 +9,10 @@ imported; our classes are imported when they are asked for.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import sys
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from hf_attn.importing import when_imported
 
 PIPELINES = ("LaMambaDiffPipeline",)
 _METHODS = ["save_pretrained", "from_pretrained"]
@@ -21,36 +20,8 @@ _METHODS = ["save_pretrained", "from_pretrained"]
 
 def install() -> None:
     """Tell diffusers now, or as soon as its modules are imported; harmless when repeated."""
-    for name, tell in (("diffusers", _add_pipelines), ("diffusers.pipelines.pipeline_loading_utils", _add_library)):
-        if name in sys.modules:
-            tell(sys.modules[name])
-        elif not any(isinstance(finder, _WhenImported) and finder.name == name for finder in sys.meta_path):
-            sys.meta_path.insert(0, _WhenImported(name, tell))
-
-
-class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds one module as the other finders do, and calls `tell` with it behind its own code; then it is gone."""
-
-    def __init__(self, name: str, tell: Callable[[ModuleType], None]) -> None:
-        self.name, self._tell = name, tell
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != self.name:
-            return None
-        others = (f for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
-        spec = next((found for f in others if (found := f.find_spec(fullname, path, target)) is not None), None)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_tell(module: ModuleType) -> None:
-            run(module)
-            if self in sys.meta_path:  # a spec alone, as availability checks ask for it, imports nothing
-                sys.meta_path.remove(self)
-            self._tell(sys.modules.get(fullname, module))  # diffusers puts another module in its place
-
-        spec.loader.exec_module = run_and_tell
-        return spec
+    when_imported("diffusers", _add_pipelines)
+    when_imported("diffusers.pipelines.pipeline_loading_utils", _add_library)
 
 
 def _add_library(module: ModuleType) -> None:

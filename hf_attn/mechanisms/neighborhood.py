@@ -251,7 +251,7 @@ MECHANISM = Mechanism(
     summary="a window around each token of an image or video, with stride and dilation; for DiTs and vision models",
     source="Faster Neighborhood Attention, arXiv 2403.04690",
     config=NeighborhoodConfig,
-    capabilities=Capabilities(decode=False, packing=False, diffusers=True),
+    capabilities=Capabilities(decode=False, packing=False, triton=True, diffusers=True),
     attend=attend,
     attended=attended,
     describe=describe,

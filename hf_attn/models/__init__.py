@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from hf_attn.integrations.peft.importing import after_import
+from hf_attn.importing import when_imported
 from hf_attn.integrations.transformers.auto import Family, register
 
 _DINAT = "hf_attn.models.dinat"
@@ -138,4 +138,4 @@ def install() -> None:
     """Register all families with the Auto classes, and let PEFT tell us of adapters; harmless when repeated."""
     for family in FAMILIES:
         register(family)
-    after_import("peft", lambda: importlib.import_module("hf_attn.models.adapters").install())
+    when_imported("peft", lambda _: importlib.import_module("hf_attn.models.adapters").install())

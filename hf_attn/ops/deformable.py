@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_attn.checks import require_one_of
 from hf_attn.ops.backend import choose_path
 
-BACKENDS = ("auto", "grid_sample", "torch", "triton")
+BACKENDS = ("auto", "grid_sample", "torch")
 
 
 def ms_deform_attn(
@@ -29,7 +29,7 @@ def ms_deform_attn(
             the lower right one, pixel centres at (i + 0.5) / size. Outside of the map values are 0. Keep them in fp32.
         attention_weights: `[B, Q, h, L, P]`, usually a softmax over L * P.
         backend: "grid_sample" (the reference, transformers' arithmetic bit for bit), "torch" (rows of a table, no
-            intermediate of all samples), "triton", or "auto": the fastest that runs, or what HF_ATTN_BACKEND forces.
+            intermediate of all samples), or "auto": "torch", or what HF_ATTN_BACKEND forces.
 
     Returns:
         `[B, Q, h * d]` in the dtype of `value`; sums are fp32 (fp64 in fp64). Differentiable in all three tensors.
@@ -40,9 +40,6 @@ def ms_deform_attn(
     require_one_of("backend", backend, BACKENDS)
     shapes = _check(value, spatial_shapes, sampling_locations, attention_weights)
     path = choose_path("ms_deform_attn", value, value.shape[3]) if backend == "auto" else backend
-    if path == "triton":
-        raise RuntimeError("ms_deform_attn has no Triton path in this version; use backend='auto' or 'torch'")
-
     from hf_attn.ops.hfattn_sparse.deformable import op
 
     if path in ("reference", "grid_sample"):

@@ -16,14 +16,12 @@ from transformers.modeling_utils import PreTrainedModel
 from hf_attn.caches.memory import MemoryState
 from hf_attn.integrations.transformers.memory import MemoryLayer, TitansCache
 from hf_attn.integrations.transformers.recurrent import packed_borders, real_tokens
+from hf_attn.models.recurrent_lm import CACHE, language_model_output, wants_cache
 from hf_attn.models.titans.attention import IMPLEMENTATIONS
 from hf_attn.models.titans.configuration_titans import TitansConfig
 from hf_attn.models.titans.mixers import TitansMixer, titans_mixer
 from hf_attn.nn.neural_memory import NeuralMemory, rms_norm
 from hf_attn.nn.ragged import put, real_first, take
-
-# What transformers calls the cache in outputs and arguments: the name changed in 5.2x.
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class TitansNorm(nn.Module):
@@ -189,16 +187,13 @@ class TitansModel(TitansPreTrainedModel):
         hidden = self.norm(seen[-1])
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = (*seen[:-1], hidden) if wanted else None
-        output = BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states, **{_CACHE: cache})
+        output = BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states, **{CACHE: cache})
         return output.to_tuple() if return_dict is False else output
 
     def _cache(self, cache: Any, use_cache: bool | None, batch: int) -> TitansCache | None:
         count = self.config.num_hidden_layers
         if cache is None:
-            wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
-            if wanted and self.gradient_checkpointing and self.training:
-                wanted = False  # the second forward of a checkpoint would add every token again
-            return TitansCache(count) if wanted else None
+            return TitansCache(count) if wants_cache(self, use_cache) else None
         layers = getattr(cache, "layers", ())
         if len(layers) != count or not all(isinstance(layer, MemoryLayer) for layer in layers):
             raise ValueError(
@@ -254,12 +249,4 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             freeze_memory=freeze_memory,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{_CACHE: getattr(outputs, _CACHE)}
-        )
-        return output.to_tuple() if return_dict is False else output
+        return language_model_output(self, outputs, labels, logits_to_keep, return_dict, **kwargs)

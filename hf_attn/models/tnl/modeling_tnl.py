@@ -21,11 +21,9 @@ from hf_attn.integrations.transformers.recurrent import (
     packed_borders,
     real_tokens,
 )
+from hf_attn.models.recurrent_lm import CACHE, language_model_output, wants_cache
 from hf_attn.models.tnl.configuration_tnl import TnlConfig
 from hf_attn.nn.decay import layer_slopes
-
-# What transformers calls the cache in outputs and arguments: the name changed in 5.2x.
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def srms_norm(hidden: Tensor, eps: float) -> Tensor:
@@ -245,15 +243,12 @@ class TnlModel(TnlPreTrainedModel):
         hidden = srms_norm(hidden, self.config.norm_eps)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = (*seen[:-1], hidden) if wanted else None
-        output = BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states, **{_CACHE: cache})
+        output = BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states, **{CACHE: cache})
         return output.to_tuple() if return_dict is False else output
 
     def _cache(self, cache: Any, use_cache: bool | None) -> RecurrentCache | None:
         if cache is None:
-            wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
-            if wanted and self.gradient_checkpointing and self.training:
-                wanted = False  # the second forward of a checkpoint would add every token again
-            return RecurrentCache(self.config.num_hidden_layers) if wanted else None
+            return RecurrentCache(self.config.num_hidden_layers) if wants_cache(self, use_cache) else None
         layers = getattr(cache, "layers", ())
         if len(layers) != self.config.num_hidden_layers or not all(isinstance(c, RecurrentLayer) for c in layers):
             raise ValueError(
@@ -299,12 +294,4 @@ class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{_CACHE: getattr(outputs, _CACHE)}
-        )
-        return output.to_tuple() if return_dict is False else output
+        return language_model_output(self, outputs, labels, logits_to_keep, return_dict, **kwargs)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 import time
+import weakref
 
 import pytest
 import torch
@@ -174,6 +177,24 @@ def test_repair_and_mechanism_together(tmp_path):
     ours.save_pretrained(tmp_path)
     again = hf_attn.apply(MiniMaxForCausalLM.from_pretrained(tmp_path).eval(), "lightning")
     assert torch.equal(again(ids).logits, logits)
+
+
+@torch.no_grad()
+def test_a_repair_goes_along_with_copies_and_keeps_nothing_alive():
+    model, ids = tiny(), tokens(1, 20)
+    before = model(ids).logits
+    ours = mended(model)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
+    assert hf_attn.stats(twin)["repairs"] == ["lightning"]
+    with pytest.raises(TypeError, match="block"):
+        hf_attn.apply(twin, "lightning", block=3)
+    assert hf_attn.stats(twin)["repairs"] == ["lightning"] and type(twin.model).__name__ == "MendedModel"
+    assert torch.equal(hf_attn.remove(twin)(ids).logits, before)
+    assert type(ours.model).__name__ == "MendedModel"
+    gone = weakref.ref(ours.model)
+    del ours
+    gc.collect()
+    assert gone() is None
 
 
 @torch.no_grad()

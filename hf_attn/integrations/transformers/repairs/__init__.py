@@ -1,16 +1,17 @@
 """Host models whose attention code is their own and at fault: `hf_attn.apply` mends them module by module.
 
-A repair is one file of this folder with `install(model, **options) -> undo`. It changes a model in this process only:
-weights, config and checkpoints stay the host's own. Repairs and a mechanism may be on one model at the same time
-(MiniMax: "lightning" for its linear layers, "moba" for the others).
+A repair is one file of this folder with `install(model, **options) -> undo`, where `undo(model)` finds what to restore
+by itself: it is kept in the model and goes along when that is copied or pickled. A repair changes a model in this
+process only: weights, config and checkpoints stay the host's own. Repairs and a mechanism may be on one model at the
+same time (MiniMax: "lightning" for its linear layers, "moba" for the others).
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
@@ -22,7 +23,9 @@ TABLE: dict[str, dict[str, str]] = {
     "lightning": {"minimax": "minimax"},
     "neighborhood": {"dinat": "dinat", "nat": "dinat", "oneformer": "oneformer"},
 }
-_INSTALLED: WeakKeyDictionary[PreTrainedModel, dict[str, Callable[[], None]]] = WeakKeyDictionary()
+Undo = Callable[[nn.Module], None]
+# Where a model keeps its repairs: name -> (options, undo).
+_KEY = "_hf_attn_repairs"
 
 
 def known(name: str, model: PreTrainedModel) -> bool:
@@ -39,37 +42,54 @@ def known(name: str, model: PreTrainedModel) -> bool:
 
 
 def install(name: str, model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Put a repair in; one that is there is taken out first, so the last options count."""
+    """Put a repair in; one that is there makes room for it, and stays when the new options are refused."""
     file = importlib.import_module(f"{__name__}.{TABLE[name][model.config.model_type]}")
-    done = _INSTALLED.setdefault(model, {})
+    done = dict(model.__dict__.get(_KEY, {}))
     before = done.pop(name, None)
     if before is not None:
-        before()
-    done[name] = file.install(model, **options)
+        before[1](model)
+    try:
+        done[name] = options, file.install(model, **options)
+    except Exception:
+        if before is not None:
+            file.install(model, **before[0])
+        raise
+    model.__dict__[_KEY] = done
 
 
 def undo(model: PreTrainedModel) -> None:
     """Take every repair out, the last one first."""
-    for restore in reversed(_INSTALLED.pop(model, {}).values()):
-        restore()
+    for _, restore in reversed(model.__dict__.pop(_KEY, {}).values()):
+        restore(model)
 
 
 def installed(model: PreTrainedModel) -> list[str]:
     """Names of the repairs in a model."""
-    return list(_INSTALLED.get(model, {}))
+    return list(model.__dict__.get(_KEY, {}))
 
 
-def become(modules: list[nn.Module], mended: type[nn.Module]) -> Callable[[], None]:
-    """Let modules be of class `mended`, a subclass of theirs with the same weights; returns what undoes it.
+def become(modules: list[nn.Module], mended: type[nn.Module]) -> Undo:
+    """Let modules of one class be of class `mended`, a subclass of it with the same weights; returns what undoes it.
 
     The class is the one thing of a module that deepcopy, hooks, PEFT and `isinstance` all follow.
     """
-    before = [(module, module.__class__) for module in modules]
+    original = type(modules[0]) if modules else mended
     for module in modules:
         module.__class__ = mended
+    return partial(_restore_classes, mended, original)
 
-    def restore() -> None:
-        for module, original in before:
+
+def together(*steps: Undo) -> Undo:
+    """One undo that takes several steps back, the last one first."""
+    return partial(_take_back, steps)
+
+
+def _restore_classes(mended: type[nn.Module], original: type[nn.Module], root: nn.Module) -> None:
+    for module in root.modules():
+        if type(module) is mended:
             module.__class__ = original
 
-    return restore
+
+def _take_back(steps: tuple[Undo, ...], root: nn.Module) -> None:
+    for step in reversed(steps):
+        step(root)

@@ -7,7 +7,6 @@ installable natten has; with any newer one even their import fails; and they lay
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_attn import ops
-from hf_attn.integrations.transformers.repairs import become
+from hf_attn.integrations.transformers.repairs import Undo, become, together
 
 _MODULE = "transformers.models.dinat.modeling_dinat"
 
@@ -96,24 +95,24 @@ MENDED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def mend(root: nn.Module, config: Any) -> Callable[[], None]:
+def mend(root: nn.Module, config: Any) -> Undo:
     """Give every DiNAT layer in `root` its mended class; returns what undoes it."""
     found = list(root.modules())
-    layers = [module for module in found if type(module) is host.NeighborhoodAttention]
-    undo = [become([m for m in found if type(m) is original], mended) for original, mended in MENDED.items()]
-    for layer in layers:
-        layer.config = config
-
-    def restore() -> None:
-        for layer in layers:
-            del layer.config
-        for back in reversed(undo):
-            back()
-
-    return restore
+    hosts = [module for module in found if type(module) is host.NeighborhoodAttention]
+    for module in hosts:
+        module.config = config
+    steps = [become([m for m in found if type(m) is original], mended) for original, mended in MENDED.items()]
+    # A model that was built mended knows its config by itself.
+    return together(*steps, _forget_config) if hosts else together(*steps)
 
 
-def install(model: PreTrainedModel, **options: Any) -> Callable[[], None]:
+def _forget_config(root: nn.Module) -> None:
+    for module in root.modules():
+        if isinstance(module, MendedNeighborhoodAttention):
+            module.__dict__.pop("config", None)
+
+
+def install(model: PreTrainedModel, **options: Any) -> Undo:
     """Mend the layers of a DiNAT model; there are no options. Returns what undoes it."""
     if options:
         raise ValueError(f"unknown options {', '.join(map(repr, options))}: the repair of DiNAT takes none")

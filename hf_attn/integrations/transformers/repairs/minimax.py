@@ -8,7 +8,6 @@ of single tokens; padding on the right decays the state; a first layer without k
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLi
 
 from hf_attn import ops
 from hf_attn.integrations.transformers.recurrent import RecurrentLayer
-from hf_attn.integrations.transformers.repairs import become
+from hf_attn.integrations.transformers.repairs import Undo, become, together
 from hf_attn.nn.decay import layer_slopes
 
 # What the host calls the cache argument: the name changed in 5.2x.
@@ -119,7 +118,7 @@ class MendedModel(MiniMaxModel):
         return super().forward(*args, **kwargs)
 
 
-def install(model: PreTrainedModel) -> Callable[[], None]:
+def install(model: PreTrainedModel) -> Undo:
     """Mend the linear layers of a MiniMax model; returns what undoes it.
 
     Raises ValueError, and changes nothing, when the decays in the checkpoint are not those of the formula.
@@ -128,8 +127,7 @@ def install(model: PreTrainedModel) -> Callable[[], None]:
     decoders = [module for module in model.modules() if isinstance(module, MiniMaxModel)]
     for layer in layers:
         _check_decay(layer)
-    undo = [become(layers, MendedLightning), become(decoders, MendedModel)]
-    return lambda: [restore() for restore in undo]
+    return together(become(layers, MendedLightning), become(decoders, MendedModel))
 
 
 def _check_decay(layer: MiniMaxLightningAttention) -> None:

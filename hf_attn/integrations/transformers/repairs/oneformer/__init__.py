@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.oneformer import modeling_oneformer as host
 
 from hf_attn.checks import did_you_mean
-from hf_attn.integrations.transformers.repairs import become, dinat
+from hf_attn.integrations.transformers.repairs import Undo, become, dinat, together
 from hf_attn.integrations.transformers.repairs.oneformer import (
     attention,
     decoder,
@@ -40,24 +40,27 @@ MENDED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def mend(root: nn.Module, config: Any) -> Callable[[], None]:
+def mend(root: nn.Module, config: Any) -> Undo:
     """Give the modules inside a OneFormer (its backbone aside) their mended classes; returns what undoes it."""
     found = [m for name, m in root.named_modules() if m is not root and "pixel_level_module.encoder" not in name]
-    undo: list[Callable[[], None]] = []
+    steps: list[Undo] = []
     for original, mended in MENDED.items():
         modules = [module for module in found if type(module) is original]
-        undo.append(become(modules, mended))
-        if "config" in mended.__annotations__ or issubclass(mended, attention.Routed):
-            undo += [_give(module, config) for module in modules]
-    undo += [decoder.register_projections(m) for m in found if isinstance(m, host.OneFormerTransformerModule)]
-    return lambda: [restore() for restore in reversed(undo)]
+        steps.append(become(modules, mended))
+        if modules and ("config" in mended.__annotations__ or issubclass(mended, attention.Routed)):
+            for module in modules:
+                module.config = config
+            steps.append(partial(_forget_config, mended))
+    if any([decoder.register_projections(m) for m in found if isinstance(m, host.OneFormerTransformerModule)]):
+        steps.append(decoder.unregister_projections)
+    return together(*steps)
 
 
-def install(target: PreTrainedModel, **options: Any) -> Callable[[], None]:
+def install(target: PreTrainedModel, **options: Any) -> Undo:
     """Mend a OneFormer model in place; returns what undoes it.
 
     options: `text_attention` ("causal", as the official code; "bidirectional", as transformers) and
-    `deformable_attn_implementation` ("auto", "grid_sample", "torch", "triton"); they are written into the config.
+    `deformable_attn_implementation` ("auto", "grid_sample", "torch"); they are written into the config.
     Raises ValueError, and changes nothing, for other names or values.
     """
     for name in options:
@@ -69,22 +72,28 @@ def install(target: PreTrainedModel, **options: Any) -> Callable[[], None]:
     for name, value in options.items():
         setattr(config, name, value)
 
-    def restore_options() -> None:
-        for name in options:
-            setattr(config, name, before[name]) if name in before else delattr(config, name)
-
+    restore = partial(_restore_options, tuple(options), before)
     try:
         model.check_options(config)
     except ValueError:
-        restore_options()
+        restore(target)
         raise
-    undo = [mend(target, config), become([target], MENDED.get(type(target), type(target)))]
+    steps = [restore, mend(target, config), become([target], MENDED.get(type(target), type(target)))]
     if config.backbone_config.model_type in ("dinat", "nat"):
-        undo.append(dinat.mend(target, config.backbone_config))
-    return lambda: [restore() for restore in (*reversed(undo), restore_options)]
+        steps.append(dinat.mend(target, config.backbone_config))
+    return together(*steps)
 
 
-def _give(module: nn.Module, config: Any) -> Callable[[], None]:
-    """Let a module know the model's config."""
-    module.config = config
-    return lambda: module.__dict__.pop("config", None)
+def _restore_options(names: tuple[str, ...], before: dict[str, Any], target: PreTrainedModel) -> None:
+    for name in names:
+        if name in before:
+            setattr(target.config, name, before[name])
+        else:
+            delattr(target.config, name)
+
+
+def _forget_config(mended: type[nn.Module], root: nn.Module) -> None:
+    """Modules of a mended class know the model's config; those of the host do not."""
+    for module in root.modules():
+        if type(module) is mended:
+            module.__dict__.pop("config", None)

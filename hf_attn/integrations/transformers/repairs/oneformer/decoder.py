@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -154,19 +152,23 @@ class MendedDecoder(host.OneFormerTransformerDecoder):
         return self.class_embed(states), masks, blocked
 
 
-def register_projections(module: host.OneFormerTransformerModule) -> Callable[[], None]:
-    """Let the input projections, which the host keeps in a plain list, be saved, moved and trained; returns the undo.
+def register_projections(module: host.OneFormerTransformerModule) -> bool:
+    """Let the input projections, which the host keeps in a plain list, be saved, moved and trained.
 
-    The projections themselves stay the same modules.
+    The projections themselves stay the same modules. Returns whether anything had to be done.
     """
     before = module.input_projections
     if isinstance(before, nn.ModuleList):
-        return lambda: None
+        return False
     del module.input_projections
     module.input_projections = nn.ModuleList(before)
+    return True
 
-    def undo() -> None:
-        del module.input_projections
-        module.input_projections = list(before)
 
-    return undo
+def unregister_projections(root: nn.Module) -> None:
+    """Undo `register_projections` in all modules of `root`."""
+    for module in root.modules():
+        if isinstance(module, host.OneFormerTransformerModule):
+            kept = list(module.input_projections)
+            del module.input_projections
+            module.input_projections = kept

@@ -58,7 +58,8 @@ def linear_attention(
 
 
 @linear_attention.register_fake
-def _(query, key, value, slopes, state, cu_seqlens, scale, block):
+def empty_results(query, key, value, slopes, state, cu_seqlens, scale, block):
+    """What a forward op returns, without values."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = query.new_empty(rows, query.shape[1], query.shape[3], value.shape[3], dtype=dtype)
@@ -93,27 +94,33 @@ def linear_attention_backward(
     return *grads, torch.cat(initials)
 
 
-@linear_attention_backward.register_fake
-def _(grad_out, grad_state, query, key, value, slopes, state, cu_seqlens, scale, block):
-    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
-    return *grads, torch.empty_like(grad_state, memory_format=torch.contiguous_format)
-
-
 def save_for_backward(ctx, inputs, output):
     query, key, value, slopes, state, cu_seqlens, *ctx.options = inputs
     ctx.save_for_backward(query, key, value, slopes, state, cu_seqlens)
     ctx.set_materialize_grads(True)
 
 
-def _backward(ctx, grad_out, grad_state):
-    saved = ctx.saved_tensors  # once only: activation checkpointing forbids a second look
-    grads = linear_attention_backward(grad_out, grad_state, *saved, *ctx.options)
-    state = saved[4]
-    grad_initial = None if state is None else grads[3].to(state.dtype)
-    return *grads[:3], None, grad_initial, None, None, None
+def backward_by(op):
+    """The autograd rule of a forward op whose gradients `op` computes."""
+
+    def backward(ctx, grad_out, grad_state):
+        saved = ctx.saved_tensors  # once only: activation checkpointing forbids a second look
+        grads = op(grad_out, grad_state, *saved, *ctx.options)
+        state = saved[4]
+        grad_initial = None if state is None else grads[3].to(state.dtype)
+        return *grads[:3], None, grad_initial, None, None, None
+
+    return backward
 
 
-linear_attention.register_autograd(_backward, setup_context=save_for_backward)
+def empty_gradients(grad_out, grad_state, query, key, value, slopes, state, cu_seqlens, scale, block):
+    """What a backward op returns, without values."""
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    return *grads, torch.empty_like(grad_state, memory_format=torch.contiguous_format)
+
+
+linear_attention_backward.register_fake(empty_gradients)
+linear_attention.register_autograd(backward_by(linear_attention_backward), setup_context=save_for_backward)
 
 
 def _sequences(cu_seqlens: Tensor, state: Tensor | None) -> list[tuple[slice, Tensor | None]]:
