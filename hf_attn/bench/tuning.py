@@ -66,7 +66,7 @@ class Device(Protocol):
     target: str
 
     def prepare(self, pairs: list[tuple[Task, Config]]) -> None:
-        """Look for the obstacles of many configurations at once."""
+        """Begin to look for the obstacles of many configurations."""
 
     def obstacle(self, task: Task, config: Config) -> str | None:
         """Why the configuration cannot run ("does not compile", "shared memory", "spills"), found by compiling."""

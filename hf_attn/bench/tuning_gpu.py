@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -27,26 +27,31 @@ class Gpu:
             )
         self.device = torch.device("cuda")
         self.target = launch.target_of(self.device)
-        self.repeats, self.jobs = repeats, jobs or os.cpu_count() or 1
+        self.repeats, self.jobs = repeats, jobs or max(1, (os.cpu_count() or 1) - 1)
         properties = torch.cuda.get_device_properties(self.device)
         self._shared = getattr(properties, "shared_memory_per_block_optin", None) or properties.shared_memory_per_block
         self._inputs: tuple[Task, tuple[Any, ...], list[Tensor]] | None = None
-        self._obstacles: dict[str, str | None] = {}
+        self._obstacles: dict[str, Future[str | None]] = {}
         self._pool: ProcessPoolExecutor | None = None
 
     def prepare(self, pairs: list[tuple[Task, Config]]) -> None:
+        """Start compiling; `obstacle` waits for its own program only, so that the first task is timed meanwhile."""
         if self._pool is None:
             # A child of fork would share this process's device context.
             self._pool = ProcessPoolExecutor(self.jobs, multiprocessing.get_context("spawn"))
-        orders = [(t.kernel, t.dtype, t.head_dim, t.call.name, t.shape, self.target, c, self._shared) for t, c in pairs]
-        for (task, config), reason in zip(pairs, self._pool.map(_obstacle_of, orders, chunksize=1), strict=True):
-            self._obstacles[f"{task.key} {config}"] = reason
+        for t, config in pairs:
+            order = (t.kernel, t.dtype, t.head_dim, t.call.name, t.shape, self.target, config, self._shared)
+            if (key := f"{t.key} {config}") not in self._obstacles:
+                self._obstacles[key] = self._pool.submit(_obstacle_of, order)
 
     def obstacle(self, task: Task, config: Config) -> str | None:
-        key = f"{task.key} {config}"
-        if key not in self._obstacles:
-            self._obstacles[key] = find_obstacle(task, self.target, config, self._shared)
-        return self._obstacles[key]
+        future = self._obstacles.get(f"{task.key} {config}")
+        return future.result() if future else find_obstacle(task, self.target, config, self._shared)
+
+    def close(self) -> None:
+        """Drop what waits to be compiled and end the processes."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def wrong(self, task: Task, configs: list[Config]) -> list[bool]:
         arguments, exact = self._arguments(task)

@@ -78,13 +78,16 @@ def _tune(
     tasks = [task for task in tasks if not head_dims or task.head_dim in head_dims]
     changed, done, start = 0, 0, time.perf_counter()
     limits = {"limit": candidates, "rounds": rounds} | ({} if minutes is None else {"seconds": 60 * minutes})
-    with _progress() as progress:
-        bar = progress.add_task("tuning", total=len(tasks))
-        for search in tuning.tune(tasks, device, output, **limits):
-            progress.console.print(f"{search.task.key}: {_ending(search)}", highlight=False)
-            progress.update(bar, advance=1, description=search.task.kernel)
-            changed += search.best != search.start
-            done += 1
+    try:
+        with _progress() as progress:
+            bar = progress.add_task("tuning", total=len(tasks))
+            for search in tuning.tune(tasks, device, output, **limits):
+                progress.console.print(f"{search.task.key}: {_ending(search)}", highlight=False)
+                progress.update(bar, advance=1, description=search.task.kernel)
+                changed += search.best != search.start
+                done += 1
+    finally:
+        device.close()
     seconds = time.perf_counter() - start
     console.print(
         f"{done} of {len(tasks)} tasks on {device.target}, {changed} changed, {seconds:.0f} s; wrote {output}"
