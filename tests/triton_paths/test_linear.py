@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 if not interpreting():
     pytest.skip("these cases are CPU tensors for the interpreter", allow_module_level=True)
 
+from hf_attn.ops.hfattn_sparse.linear import triton_path
+
 # batch, heads, tokens, D, E, options
 CASES = {
     "one slope a head": ((2, 2, 37, 16, 8), {}),
@@ -80,3 +82,34 @@ def test_half_precision(dtype, monkeypatch):
     assert got[1].dtype == torch.float32
     for a, b in zip(got, want, strict=True):
         assert float((a.float() - b.float()).norm() / b.float().norm()) < 1e-2
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("length", [64, 130])
+def test_segments_are_the_same_recurrence(length, per_token, monkeypatch):
+    """Rows cut into segments whose states are added up: values, states and all gradients, forward and reversed."""
+    monkeypatch.setattr(triton_path, "BUSY", 64)
+    monkeypatch.setattr(triton_path, "SHORTEST", 32)
+    assert triton_path._segments(length, 4)[0] > 1
+    slopes = torch.rand(2, 2, length) if per_token else torch.rand(2)
+    sizes = (2, 2, length, 16), (2, 2, length, 16), (2, 2, length, 24), (2, 2, 16, 24)
+    tensors = [torch.randn(size) for size in sizes]
+    found = {}
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        monkeypatch.setenv("HF_ATTN_BACKEND", backend)
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        results = ops.linear_attention(*leaves[:3], slopes.to(dtype), initial_state=leaves[3], return_state=True)
+        loss = sum((r.square() * torch.linspace(0, 1, r.shape[-1], dtype=dtype)).sum() for r in results)
+        found[backend] = [*results, *torch.autograd.grad(loss, leaves)]
+    for got, right in zip(found["triton"], found["reference"], strict=True):
+        assert (got.double() - right).abs().max() <= 2e-5 * right.abs().max()
+
+
+def test_what_is_not_finite_stays_behind_its_token_across_segments(monkeypatch):
+    monkeypatch.setattr(triton_path, "BUSY", 64)
+    monkeypatch.setattr(triton_path, "SHORTEST", 32)
+    monkeypatch.setenv("HF_ATTN_BACKEND", "triton")
+    query, key, value = (torch.randn(1, 1, 128, 16) for _ in range(3))
+    value[:, :, 70] = float("nan")
+    broken = ops.linear_attention(query, key, value, torch.zeros(1))
+    assert broken[:, :, :64].isfinite().all() and broken[:, :, 70:].isnan().all()

@@ -30,6 +30,44 @@ def _limits(begin, end, real):
     return first, tl.max(tl.where(real, end, 0), 0)
 
 
+@triton.jit
+def _whole(first, begin, end, real, BLOCK_N: tl.constexpr):
+    """Where the tiles of keys begin and end that every row of the tile sees whole, counted from `first`."""
+    low = tl.max(tl.where(real, begin, 0), 0)
+    high = tl.min(tl.where(real, end, 2147483647), 0)
+    start = first + (low - first + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    return start, start + tl.maximum(high - start, 0) // BLOCK_N * BLOCK_N
+
+
+@triton.jit
+def _attend(
+    acc, total, top, query, k, v, k_rows, batch, k_len, k_sn, k_sd, v_sn, v_sd, start, stop, begin, end, scale,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add the keys start to stop to acc, total and top of an online softmax; without MASKED all rows see them all."""
+    for tile in range(start, stop, BLOCK_N):
+        slot = tile + tl.arange(0, BLOCK_N)
+        inside = slot < stop
+        place = places(k_rows, batch, k_len, slot, inside).to(tl.int64)
+        keys = load_rows(k, place * k_sn, k_sd, inside, D, WIDTH, MASKED, UPCAST)
+        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
+        if MASKED:
+            seen = (slot[None, :] >= begin[:, None]) & (slot[None, :] < end[:, None])
+            scores = tl.where(seen, scores, NEG_INF)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = new_top
+        if MASKED:
+            base = tl.where(new_top == NEG_INF, 0.0, new_top)
+        weights = tl.exp2(scores - base[:, None])
+        decay = tl.exp2(top - base)
+        top = new_top
+        total = total * decay + tl.sum(weights, 1)
+        values = load_rows(v, place * v_sn, v_sd, inside, DV, WIDTH_V, MASKED, UPCAST)
+        acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
+    return acc, total, top
+
+
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def forward_kernel(
     q, k, v, out, lse, rows, low, high, counts, k_rows,
@@ -51,22 +89,22 @@ def forward_kernel(
         acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         top = tl.full([BLOCK_M], NEG_INF, tl.float32)
-        for start in range(first, last, BLOCK_N):
-            slot = start + tl.arange(0, BLOCK_N)
-            inside = slot < last
-            place = places(k_rows, batch, k_len, slot, inside).to(tl.int64)
-            keys = load_rows(k, place * k_sn, k_sd, inside, D, WIDTH, True, UPCAST)
-            values = load_rows(v, place * v_sn, v_sd, inside, DV, WIDTH_V, True, UPCAST)
-            scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
-            seen = (slot[None, :] >= begin[:, None]) & (slot[None, :] < end[:, None])
-            scores = tl.where(seen, scores, NEG_INF)
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            base = tl.where(new_top == NEG_INF, 0.0, new_top)
-            weights = tl.exp2(scores - base[:, None])
-            decay = tl.exp2(top - base)
-            top = new_top
-            total = total * decay + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
+        whole, rest = _whole(first, begin, end, real, BLOCK_N)
+        acc, total, top = _attend(
+            acc, total, top, query, k, v, k_rows, batch, k_len, k_sn, k_sd, v_sn, v_sd,
+            first, tl.minimum(whole, last), begin, end, scale,
+            D, DV, WIDTH, WIDTH_V, BLOCK_N, True, PRECISION, UPCAST,
+        )  # fmt: skip
+        acc, total, top = _attend(
+            acc, total, top, query, k, v, k_rows, batch, k_len, k_sn, k_sd, v_sn, v_sd,
+            whole, rest, begin, end, scale,
+            D, DV, WIDTH, WIDTH_V, BLOCK_N, False, PRECISION, UPCAST,
+        )  # fmt: skip
+        acc, total, top = _attend(
+            acc, total, top, query, k, v, k_rows, batch, k_len, k_sn, k_sd, v_sn, v_sd,
+            rest, last, begin, end, scale,
+            D, DV, WIDTH, WIDTH_V, BLOCK_N, True, PRECISION, UPCAST,
+        )  # fmt: skip
         safe = tl.where(total == 0.0, 1.0, total)
         into = list_at * q_len + row
         store_rows(out, into * DV, acc / safe[:, None], real, DV, WIDTH_V)

@@ -36,6 +36,58 @@ def sees(spot, low, high):
     return (low[:, None] <= spot[None, :]) & (spot[None, :] < high[:, None])
 
 
+@triton.jit
+def _attend(
+    query, k, v, bias, mask, keys, low0, high0, low1, high1, low2, high2, own_code, tile, batch, total, halo, extra,
+    k_sn, k_sd, v_sn, v_sd, h1, h2, w1, w2, scale,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, CAREFUL: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of a tile over its halo: acc [BLOCK_M, WIDTH_V], sum and maximum of the weights.
+
+    CAREFUL: what is not finite breaks the rows that see it and no others; otherwise it breaks the whole tile.
+    """
+    acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
+    norm = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    for first in tl.range(0, halo + extra, BLOCK_N, num_stages=1 if CAREFUL else None):
+        spot = first + tl.arange(0, BLOCK_N)
+        near = spot < halo
+        far = (spot >= halo) & (spot < halo + extra)
+        place = tl.load(keys + tile.to(tl.int64) * halo + spot, mask=near, other=0)
+        place = tl.where(far, total + spot - halo, place)
+        e2 = spot % h2
+        e1 = spot // h2 % h1
+        e0 = spot // (h1 * h2)
+        seen = sees(e0, low0, high0) & sees(e1, low1, high1) & sees(e2, low2, high2) & near[None, :]
+        seen = seen | far[None, :]
+        if HAS_MASK:
+            shown = tl.load(mask + batch.to(tl.int64) * (total + extra) + place, mask=near | far, other=0)
+            seen = seen & (shown != 0)[None, :]
+        key = load_rows(k, place.to(tl.int64) * k_sn, k_sd, near | far, D, WIDTH, True, UPCAST)
+        value = load_rows(v, place.to(tl.int64) * v_sn, v_sd, near | far, DV, WIDTH_V, True, UPCAST)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        if HAS_BIAS:
+            where = ((e0 * w1 + e1) * w2 + e2)[None, :] - own_code[:, None]
+            scores += tl.load(bias + where, mask=seen & near[None, :], other=0.0) * LOG2E
+        scores = tl.where(seen, scores, NEG_INF)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == NEG_INF, 0.0, new_top)
+        weights = tl.exp2(scores - base[:, None])
+        decay = tl.exp2(top - base)
+        top = new_top
+        norm = norm * decay + tl.sum(weights, 1)
+        if CAREFUL:
+            usable = finite(value)
+            broken = tl.min(usable.to(tl.int32), 1) == 0
+            value = tl.where(usable, value, tl.zeros_like(value))
+            hit = tl.max((seen & broken[None, :]).to(tl.int32), 1) > 0
+            norm = tl.where(hit, float("nan"), norm)
+        acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
+    return acc, norm, top
+
+
 @triton.jit(do_not_specialize=["size", "halo", "extra", "total"])
 def forward_kernel(
     q, k, v, out, lse, bias, mask, queries, keys, kinds, tables,
@@ -65,43 +117,18 @@ def forward_kernel(
     if HAS_BIAS:
         bias += head.to(tl.int64) * w0 * w1 * w2
     query = load_rows(q, token.to(tl.int64) * q_sn, q_sd, real, D, WIDTH, True, UPCAST)
-    acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
-    norm = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], NEG_INF, tl.float32)
-    for first in range(0, halo + extra, BLOCK_N):
-        spot = first + tl.arange(0, BLOCK_N)
-        near = spot < halo
-        far = (spot >= halo) & (spot < halo + extra)
-        place = tl.load(keys + tile.to(tl.int64) * halo + spot, mask=near, other=0)
-        place = tl.where(far, total + spot - halo, place)
-        e2 = spot % h2
-        e1 = spot // h2 % h1
-        e0 = spot // (h1 * h2)
-        seen = sees(e0, low0, high0) & sees(e1, low1, high1) & sees(e2, low2, high2) & near[None, :]
-        seen = seen | far[None, :]
-        if HAS_MASK:
-            shown = tl.load(mask + batch.to(tl.int64) * (total + extra) + place, mask=near | far, other=0)
-            seen = seen & (shown != 0)[None, :]
-        key = load_rows(k, place.to(tl.int64) * k_sn, k_sd, near | far, D, WIDTH, True, UPCAST)
-        value = load_rows(v, place.to(tl.int64) * v_sn, v_sd, near | far, DV, WIDTH_V, True, UPCAST)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        if HAS_BIAS:
-            where = ((e0 * w1 + e1) * w2 + e2)[None, :] - own_code[:, None]
-            scores += tl.load(bias + where, mask=seen & near[None, :], other=0.0) * LOG2E
-        scores = tl.where(seen, scores, NEG_INF)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == NEG_INF, 0.0, new_top)
-        weights = tl.exp2(scores - base[:, None])
-        decay = tl.exp2(top - base)
-        top = new_top
-        norm = norm * decay + tl.sum(weights, 1)
-        # What is not finite breaks the rows that see it and no others.
-        usable = finite(value)
-        broken = tl.min(usable.to(tl.int32), 1) == 0
-        value = tl.where(usable, value, tl.zeros_like(value))
-        hit = tl.max((seen & broken[None, :]).to(tl.int32), 1) > 0
-        norm = tl.where(hit, float("nan"), norm)
-        acc = tl.dot(weights.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
+    acc, norm, top = _attend(
+        query, k, v, bias, mask, keys, low0, high0, low1, high1, low2, high2, own_code, tile, batch, total, halo, extra,
+        k_sn, k_sd, v_sn, v_sd, h1, h2, w1, w2, scale,
+        D, DV, WIDTH, WIDTH_V, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, False, PRECISION, UPCAST,
+    )  # fmt: skip
+    # A weight of 0 times what is not finite is NaN: seldom, so that it may cost a second walk.
+    if tl.min(finite(acc).to(tl.int32)) == 0:
+        acc, norm, top = _attend(
+            query, k, v, bias, mask, keys, low0, high0, low1, high1, low2, high2, own_code, tile, batch, total, halo,
+            extra, k_sn, k_sd, v_sn, v_sd, h1, h2, w1, w2, scale,
+            D, DV, WIDTH, WIDTH_V, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, True, PRECISION, UPCAST,
+        )  # fmt: skip
     result = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
     row = (batch.to(tl.int64) * total + token) * heads + head
     store_rows(out, row * DV, result, real, DV, WIDTH_V)

@@ -24,14 +24,18 @@ from .triton_tables import Layout
 
 # Scratch memory of partial results, in sizes of the query; never less than one head, or these bytes.
 SCRATCH = 2
-SCRATCH_BYTES = 64 << 20
+SCRATCH_BYTES = 256 << 20
 # Up to this many queries (decoding) every routed pair is computed on its own.
 FEW_ROWS = 16
 # Blocks that are ranked in one pass; more take several passes.
 MAX_SLOTS = 256
-# Programs that keep a large GPU busy; work is split until there are so many.
-BUSY = 512
-MAX_SPLITS = 8
+# Programs that keep a large GPU busy; work is split until there are so many. Early blocks are chosen several times as
+# often as others, so a split that finds no rows costs less than a block that ends late.
+BUSY = 2048
+MAX_SPLITS = 16
+# Rows of a head are counted and placed in chunks, one program each: many short walks.
+CHUNKS = 256
+LEAST_CHUNK = 64
 
 
 def select_routes(
@@ -110,7 +114,7 @@ class _Pairs:
             )
         routes = routes.to(torch.int32).contiguous()
         limit = layout.blocks.limit
-        chunk_rows = max(512, next_power_of_2(-(-q_len // 64)))
+        chunk_rows = max(LEAST_CHUNK, next_power_of_2(-(-q_len // CHUNKS)))
         self.width, self.chunks = width, -(-q_len // chunk_rows)
         self.listed = torch.empty_like(routes)
         self.has_own = routes.new_zeros((batch, heads, q_len), dtype=torch.int8)
