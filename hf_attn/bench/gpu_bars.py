@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,6 +295,31 @@ def others() -> Iterator[Case]:
         density,
         lambda: row_error(forward(), tensors, rows, seen.expand(16, -1, -1)),
     )
+    blocks = length // 128
+    generator = torch.Generator("cuda").manual_seed(7)
+    chance = torch.rand(1, 16, blocks, blocks, device="cuda", generator=generator)
+    levels = (chance < 0.1) * 1 + ((chance >= 0.1) & (chance < 0.2)) * 2 + ((chance >= 0.2) & (chance < 0.4)) * 4
+    levels = levels.to(torch.uint8)
+
+    def pyramid(*t: Tensor) -> Tensor:
+        return ops.pyramid_attention(*t, levels, block_q=128, block_k=128)
+
+    walk, _ = both(pyramid, tensors)
+
+    def check() -> float:
+        narrow = [t[:, :1, :2048] for t in tensors]
+        own = levels[:, :1, :16, :16].contiguous()
+        own[:, :, :, 0] = 1
+        results = []
+        for path, dtype in (("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.bfloat16)):
+            os.environ["HF_ATTN_BACKEND"] = path
+            results.append(ops.pyramid_attention(*(t.to(dtype) for t in narrow), own, block_q=128, block_k=128).float())
+        del os.environ["HF_ATTN_BACKEND"]
+        exact, plain, got = results
+        return float((got - exact).abs().max() / (3 * (plain - exact).abs().max()))
+
+    share = float((1 / levels.float()).where(levels > 0, 0).mean())
+    yield Case("pyramids of blocks of 128, 16k, not causal", walk, dense(tensors, causal=False), share, check)
 
 
 FAMILIES = {f.__name__: f for f in (block_sparse, moba, linear, neighborhood, others)}

@@ -1,4 +1,7 @@
-"""The forward kernel of pyramid attention: one program a tile of queries, an online softmax, level after level."""
+"""The kernels of pyramid attention: the pools, and an online softmax over them, level after level.
+
+One program of the latter is a tile of queries.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from ..block_sparse.triton_common import LN2, NEG_INF, finite, load_rows, query_
 def _attend(
     acc, total, top, query, position, k, v, shift, ends, ids, listed, size, base, span, scale,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CAUSAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add the pools of one level of the `listed` blocks at `ids` to acc [M, WIDTH_V], total [M] and top [M].
 
-    A block has `size` pools of the level, from row `base` of its `span` rows on. Values that are not finite become NaN
-    in the rows that see them and nothing in the others.
+    A block has `size` pools of the level, from row `base` of its `span` rows on. CAREFUL: values that are not finite
+    become NaN in the rows that see them and nothing in the others; otherwise they break the tile.
     """
-    for first in range(0, listed * size, BLOCK_N):
+    for first in tl.range(0, listed * size, BLOCK_N, num_stages=1 if CAREFUL else None):
         flat = first + tl.arange(0, BLOCK_N)
         nth = flat // size
         there = nth < listed
@@ -34,13 +37,14 @@ def _attend(
         if CAUSAL:
             end = tl.load(ends + place, mask=there, other=0)
             seen = real[None, :] & (end[None, :] <= position[:, None])
+        else:
+            seen = real[None, :]
+        if CAREFUL:
             usable = finite(values)
             broken = tl.min(usable.to(tl.int32), 1) == 0
             values = tl.where(usable, values, tl.zeros_like(values))
             hit = tl.max((seen & broken[None, :]).to(tl.int32), 1) > 0
             total = tl.where(hit, float("nan"), total)
-        else:
-            seen = real[None, :]
         scores = tl.where(seen, scores, NEG_INF)
         new_top = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(new_top == NEG_INF, 0.0, new_top)
@@ -49,6 +53,27 @@ def _attend(
         top = new_top
         total = total * decay + tl.sum(weights, 1)
         acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
+    return acc, total, top
+
+
+@triton.jit
+def _walk(
+    query, position, k, v, shift, ends, ids, counts, block_k, span, scale,
+    D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, CAREFUL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """All levels of a tile of queries: acc, sum and maximum of the weights."""
+    acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    for level in range(4):
+        size = block_k >> level
+        listed = tl.load(counts + level)
+        acc, total, top = _attend(
+            acc, total, top, query, position, k, v, shift, ends, ids, listed, size, 2 * block_k - 2 * size, span, scale,
+            D, DV, WIDTH, WIDTH_V, BLOCK_N, CAUSAL, CAREFUL, PRECISION, UPCAST,
+        )  # fmt: skip
+        ids += listed
     return acc, total, top
 
 
@@ -77,21 +102,64 @@ def forward_kernel(
     row, member, real, low, high = query_rows(block, part % subs, q_len, block_q, 1, BLOCK_M)
     q_at = batch.to(tl.int64) * q_sb + head.to(tl.int64) * q_sh + row.to(tl.int64) * q_sn
     query = load_rows(q, q_at, q_sd, real, D, WIDTH, True, UPCAST)
-    acc = tl.zeros([BLOCK_M, WIDTH_V], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], NEG_INF, tl.float32)
     line = (tl.minimum(batch, list_rows - 1).to(tl.int64) * list_heads + tl.minimum(head, list_heads - 1)) * q_blocks
     ids += (line + block) * k_blocks
     counts += (line + block) * 4
-    for level in range(4):
-        size = block_k >> level
-        listed = tl.load(counts + level)
-        acc, total, top = _attend(
-            acc, total, top, query, row + offset, k, v, shift, ends, ids, listed, size, 2 * block_k - 2 * size, span,
-            scale, D, DV, WIDTH, WIDTH_V, BLOCK_N, CAUSAL, PRECISION, UPCAST,
-        )  # fmt: skip
-        ids += listed
+    acc, total, top = _walk(
+        query, row + offset, k, v, shift, ends, ids, counts, block_k, span, scale,
+        D, DV, WIDTH, WIDTH_V, BLOCK_M, BLOCK_N, CAUSAL, False, PRECISION, UPCAST,
+    )  # fmt: skip
+    # Without causality every row sees what its tile reads. A weight of 0 times what is not finite is NaN.
+    if CAUSAL:
+        if tl.min(finite(acc).to(tl.int32)) == 0:
+            acc, total, top = _walk(
+                query, row + offset, k, v, shift, ends, ids, counts, block_k, span, scale,
+                D, DV, WIDTH, WIDTH_V, BLOCK_M, BLOCK_N, CAUSAL, True, PRECISION, UPCAST,
+            )  # fmt: skip
     safe = tl.where(total == 0.0, 1.0, total)
     at = (batch.to(tl.int64) * heads + head) * q_len + row
     store_rows(out, at * DV, acc / safe[:, None], real, DV, WIDTH_V)
     tl.store(lse + at, tl.where(total == 0.0, NEG_INF, (top + tl.log2(safe)) * LN2), mask=real)
+
+
+@triton.jit
+def _pool(
+    sums, table, inverse, column, owned, D: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr
+):
+    """Sums of neighbours [COUNT, TILE]; their means go into the table from row FIRST on."""
+    sums = tl.sum(tl.reshape(sums, [COUNT, 2, TILE]), 1)
+    pool = FIRST + tl.arange(0, COUNT)
+    mean = sums * tl.load(inverse + pool)[:, None]
+    tl.store(table + pool[:, None] * D + column[None, :], mean.to(table.dtype.element_ty), mask=owned)
+    return sums
+
+
+@triton.jit(do_not_specialize=["length"])
+def pool_kernel(
+    x, table, inverse, x_sb, x_sh, x_sn, x_sd, heads, length, blocks,
+    D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, CLAMP: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks, tiles of columns, B * heads): the pools of one block, table [B * heads, blocks, 15 BLOCK / 8, D].
+
+    inverse fp32 [blocks, 15 BLOCK / 8]: one over the members of a pool. CLAMP: the last token stands for missing ones.
+    """
+    block, head = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    x += head // heads * x_sb + head % heads * x_sh
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    owned = (column < D)[None, :]
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    real = token < length
+    if CLAMP:
+        token = tl.minimum(token, length - 1)
+        real = token >= 0
+    at = x + token.to(tl.int64)[:, None] * x_sn + column.to(tl.int64)[None, :] * x_sd
+    tile = tl.load(at, mask=real[:, None] & owned, other=0.0)
+    span: tl.constexpr = BLOCK // 8 * 15
+    table += (head * blocks + block) * span * D
+    inverse += block * span
+    row = tl.arange(0, BLOCK)
+    tl.store(table + row[:, None] * D + column[None, :], tile, mask=owned)
+    sums = tile.to(tl.float32)
+    sums = _pool(sums, table, inverse, column, owned, D, TILE, BLOCK // 2, BLOCK)
+    sums = _pool(sums, table, inverse, column, owned, D, TILE, BLOCK // 4, BLOCK // 2 * 3)
+    _pool(sums, table, inverse, column, owned, D, TILE, BLOCK // 8, BLOCK // 4 * 7)
