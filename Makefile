@@ -47,6 +47,7 @@ test-newest:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist

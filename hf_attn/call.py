@@ -49,6 +49,12 @@ class TokenLayout:
         """True when there is nothing to say: full rows, bottom-right alignment, no window, no arbitrary mask."""
         return self.index is None and self.window is None and self.dense is None
 
+    def known_grid(self) -> TokenGrid:
+        """The lattice; ValueError where the host told none."""
+        if self.grid is None:
+            raise ValueError("this mechanism needs the latent grid of the tokens, which this call does not have")
+        return self.grid
+
     def real_keys(self) -> Tensor | None:
         """Which key slots are real, bool `[batch, k_len]`; `None` when all are."""
         return None if self.index is None else self.index[:, 0, self.q_len :] >= 0

@@ -121,10 +121,11 @@ def attention(
         )
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if return_lse:
-        size = {"block_q": 64, "block_k": 64, "q_len": query.shape[2], "k_len": key.shape[2]}
-        pattern = BlockPattern.full(**size)
-        found = ops.block_sparse_attention(query, key, value, pattern, causal=is_causal, scale=scale, return_lse=True)
-        return tuple(x.transpose(1, 2) for x in found)
+        pattern = BlockPattern.full(block_q=64, block_k=64, q_len=query.shape[2], k_len=key.shape[2])
+        out, lse = ops.block_sparse_attention(
+            query, key, value, pattern, causal=is_causal, scale=scale, return_lse=True
+        )
+        return out.transpose(1, 2), lse.transpose(1, 2)
     gqa = query.shape[1] != key.shape[1]
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa
@@ -317,11 +318,12 @@ def _fused(
     _check_tuning(tuning)
     _check_rank(f"na{rank}d", query, rank, "[B, *space, heads, D]")
     kernel_size, stride, dilation, is_causal = window
-    return ops.neighborhood_attention(
+    out, lse = ops.neighborhood_attention(
         query, key, value, kernel_size=kernel_size, stride=stride, dilation=dilation,
         is_causal=False if is_causal is None else is_causal, scale=scale, additional_keys=more_keys,
-        additional_values=more_values, rpb=rpb, return_lse=return_lse,
+        additional_values=more_values, rpb=rpb, return_lse=True,
     )  # fmt: skip
+    return (out, lse) if return_lse else out
 
 
 def _qk(

@@ -186,7 +186,7 @@ class BlockPattern:
             return NotImplemented
         return self._geometry() == other._geometry() and torch.equal(self.to_dense(), other.to_dense())
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # the way Python spells an unhashable class
 
     def _combine(self, other: BlockPattern, operation) -> BlockPattern:
         if not isinstance(other, BlockPattern):

@@ -178,7 +178,7 @@ def attend(call: AttentionCall, config: PSAConfig) -> Tensor:
         return dense_attention(call)
     call = _reordered(call, order)
     levels = choose_levels(call, config, order)
-    size = {"block_q": config.block_size, "block_k": config.keys_per_block, "tokens": call.tokens}
+    size: dict[str, Any] = {"block_q": config.block_size, "block_k": config.keys_per_block, "tokens": call.tokens}
     if call.layer.recording:
         computed, visible = pyramid_pairs(levels, causal=call.causal, **size)
         call.layer.record(path="sparse", computed=computed, visible=visible)
@@ -199,7 +199,7 @@ def choose_levels(call: AttentionCall, config: PSAConfig, order: Permutation | N
     """Levels uint8 `[B | sequences, Hq, nq, nk]` of a call whose tokens are in the order in which they are cut."""
     mode, bounds, density = config.rule(call.causal)
     similarity = config.similarity
-    if similarity == "auto":
+    if isinstance(similarity, str):  # "auto"
         similarity = PREFILL_SIMILARITY if call.causal else None
     layer = call.layer
     return select_levels(
@@ -230,7 +230,12 @@ def select(call: AttentionCall, config: PSAConfig) -> BlockPattern:
     """Blocks that are read at any level, in the order in which tokens are cut (along the curve); for pictures."""
     order = _order(call, config)
     levels = choose_levels(_reordered(call, order), config, order)
-    size = {"block_q": config.block_size, "block_k": config.keys_per_block, "q_len": call.q_len, "k_len": call.k_len}
+    size: dict[str, Any] = {
+        "block_q": config.block_size,
+        "block_k": config.keys_per_block,
+        "q_len": call.q_len,
+        "k_len": call.k_len,
+    }
     return BlockPattern.from_dense(levels > 0, **size)
 
 

@@ -54,7 +54,7 @@ def attend(call: AttentionCall, config: StreamingConfig) -> Tensor:
     if call.layer.recording:
         computed, visible = _pairs(call, config)
         call.layer.record(path="sparse", computed=computed, visible=visible)
-    options = {"causal": True, "scale": call.scale, "tokens": call.tokens}
+    options: dict[str, Any] = {"causal": True, "scale": call.scale, "tokens": call.tokens}
     if call.q_len == call.k_len:
         return block_sparse_attention(call.query, call.key, call.value, select(call, config), **options)
     # Behind a cache, query blocks no longer start at block borders: say it per query token.

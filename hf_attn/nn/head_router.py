@@ -96,8 +96,8 @@ class QueryNormRouter(nn.Module):
         routing = quantized(prob, chosen, self.shared, self.routed, self.ste if self.training else "selected")
         if self.group == 1:
             return routing
-        wide = (x.repeat_interleave(self.group, -1) for x in (routing.gates, routing.heads))
-        return HeadRouting(*wide, routing.chosen, routing.prob)
+        gates, heads = (x.repeat_interleave(self.group, -1) for x in (routing.gates, routing.heads))
+        return HeadRouting(gates, heads, routing.chosen, routing.prob)
 
 
 class LearnedRouter(nn.Module):

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal
+from typing import Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from torch import Tensor
 from hf_attn.call import TokenLayout
 
 Path = Literal["reference", "torch", "triton"]
+
+
+class Rows(TypedDict, total=False):
+    """Where the sequences of a batch lie, said the same way in every op: one of these, or none for full rows."""
+
+    tokens: TokenLayout | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    key_start: Tensor | int | None
+    key_length: Tensor | None
+
+
 _VARIABLE = "HF_ATTN_BACKEND"
 _CHECK_VARIABLE = "HF_ATTN_CHECK"
 # Ops that have a Triton path.
@@ -41,14 +53,15 @@ _TRITON_DEVICES = ("cuda", "xpu")
 TRITON_HEAD_DIMS = "multiples of 8 from 8 to 256"
 
 
-def forced_backend() -> str | None:
+def forced_backend() -> Path | None:
     """The value of HF_ATTN_BACKEND, `None` when unset or "auto"; raises ValueError on anything unknown."""
     value = os.environ.get(_VARIABLE, "").strip().lower()
     if value in ("", "auto"):
         return None
-    if value not in ("reference", "torch", "triton"):
-        raise ValueError(f"{_VARIABLE}={value!r} is unknown; allowed: auto, reference, torch, triton")
-    return value
+    for path in get_args(Path):
+        if value == path:
+            return path
+    raise ValueError(f"{_VARIABLE}={value!r} is unknown; allowed: auto, reference, torch, triton")
 
 
 def checks_enabled() -> bool:
@@ -159,11 +172,12 @@ def resolve_tokens(
     if packed + padded + (tokens is not None) > 1:
         raise ValueError("give one of tokens=, cu_seqlens_q / cu_seqlens_k, or key_start / key_length, not several")
     batch, q_len, k_len = query.shape[0], query.shape[2], key.shape[2]
-    if packed:
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
         if batch != 1:
             raise ValueError(f"packed sequences (cu_seqlens_*) need batch 1, got query batch {batch}")
         cu_q = cu_seqlens_k if cu_seqlens_q is None else cu_seqlens_q
         cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        assert cu_q is not None and cu_k is not None  # one was given, and stands for a missing other
         tokens = TokenLayout.packed(cu_q, cu_k, q_len, k_len)
     elif padded:
         start = 0 if key_start is None else key_start

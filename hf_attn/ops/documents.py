@@ -90,7 +90,7 @@ def _form(path: Path) -> Callable[..., Tensor]:
 
 def _table(tokens: TokenLayout, query: Tensor) -> Tensor:
     """int32 `[B, 3, N]`: segment, position, role."""
-    if not isinstance(tokens, TokenLayout) or tokens.roles is None:
+    if not isinstance(tokens, TokenLayout) or tokens.roles is None or tokens.index is None:
         raise ValueError("tokens must be a TokenLayout.documents(segments): it says which token is of which document")
     found, got = (tokens.batch, tokens.k_len), (query.shape[0], query.shape[2])
     if tokens.q_len != tokens.k_len or found != got:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +23,24 @@ from hf_attn.ops.neighborhood_arguments import (
 )
 
 _BACKENDS = ("auto", "reference", "torch", "triton", "flex", "natten")
+
+
+@overload
+def neighborhood_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, kernel_size: Sizes, dilation: Sizes = ..., stride: Sizes = ...,
+    is_causal: Flags = ..., rpb: Tensor | None = ..., scale: float | None = ..., additional_keys: Tensor | None =
+    ..., additional_values: Tensor | None = ..., key_mask: Tensor | None = ..., additional_key_mask: Tensor | None =
+    ..., return_lse: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def neighborhood_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, kernel_size: Sizes, dilation: Sizes = ..., stride: Sizes = ...,
+    is_causal: Flags = ..., rpb: Tensor | None = ..., scale: float | None = ..., additional_keys: Tensor | None =
+    ..., additional_values: Tensor | None = ..., key_mask: Tensor | None = ..., additional_key_mask: Tensor | None =
+    ..., return_lse: Literal[True], backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def neighborhood_attention(
@@ -202,12 +221,12 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
 
 def _path(op: str, backend: str, query: Tensor, *head_dims: int) -> Path:
     if backend in ("reference", "torch"):
-        return backend
+        return "reference" if backend == "reference" else "torch"
     if backend == "triton":
         obstacle = triton_obstacle(query, head_dims)
         if obstacle is not None:
             raise RuntimeError(f"backend='triton' cannot run {op}: {obstacle}; use 'auto', 'torch' or 'reference'")
-        return backend
+        return "triton"
     return choose_path(op, query, *head_dims)
 
 

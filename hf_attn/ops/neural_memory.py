@@ -89,10 +89,11 @@ def neural_memory(
         mask = _check_mask(mask, query)
     with torch.autocast(query.device.type, enabled=False):
         start = _states("weights", weights, query, exact)
-        zero = [torch.zeros_like(w) for w in start] if momentum is None else None
         states = (
             start,
-            zero or _states("momentum", momentum, query, exact, like=start),
+            [torch.zeros_like(w) for w in start]
+            if momentum is None
+            else _states("momentum", momentum, query, exact, like=start),
             start
             if chunk_start_weights is None
             else _states("chunk_start_weights", chunk_start_weights, query, exact, like=start),
@@ -113,7 +114,8 @@ def neural_memory(
     if not output_final_state:
         return out
     passed = query.shape[2] if mask is None else mask.sum(1)
-    return out, MemoryStates(*map(tuple, states), offset + passed)
+    after, momenta, chunk_start = (tuple(kind) for kind in states)
+    return out, MemoryStates(after, momenta, chunk_start, offset + passed)
 
 
 def read_memory(query: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from hf_attn.call import TokenLayout
 from hf_attn.checks import require_int, require_one_of
-from hf_attn.ops.backend import autocast, check_qkv, choose_path, resolve_tokens
+from hf_attn.ops.backend import Rows, autocast, check_qkv, choose_path, resolve_tokens
 
 LEVELS = (1, 2, 4, 8)
 MODES = ("threshold", "quantile", "energybound")
 ESTIMATORS = ("softmax", "rowmax")
 TAILS = ("replicate", "exact")
+
+
+@overload
+def pyramid_attention(
+    query: Tensor, key: Tensor, value: Tensor, levels: Tensor, *, block_q: int, block_k: int, causal: bool = ...,
+    scale: float | None = ..., tail: str = ..., return_lse: Literal[False] = ..., **rows: Unpack[Rows]
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def pyramid_attention(
+    query: Tensor, key: Tensor, value: Tensor, levels: Tensor, *, block_q: int, block_k: int, causal: bool = ...,
+    scale: float | None = ..., tail: str = ..., return_lse: Literal[True], **rows: Unpack[Rows]
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def pyramid_attention(
@@ -82,7 +97,9 @@ def pyramid_attention(
 
     run = op.run_reference if path == "reference" else op.pyramid_attention
     if path == "triton":
-        from hf_attn.ops.hfattn_sparse.pyramid.triton_op import pyramid_attention as run
+        from hf_attn.ops.hfattn_sparse.pyramid import triton_op
+
+        run = triton_op.pyramid_attention
     out, lse = run(query, key, value, levels, index, block_q, block_k, causal, scale, tail)
     return (out, lse) if return_lse else out
 

@@ -26,16 +26,19 @@ class WeightAverage(TrainerCallback):
     def __init__(self, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
-        self.decay, self.average = decay, {}
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _AVERAGE
         found = load_file(saved) if state.global_step and saved.is_file() else _own(model).state_dict()
         device = next(model.parameters()).device
         self.average = {name: value.detach().to(device, copy=True) for name, value in found.items()}
 
     @torch.no_grad()
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         step = state.global_step
         rest = 1 - min(self.decay, (1 + step) / (10 + step))
         for name, value in _own(model).state_dict().items():

@@ -118,7 +118,8 @@ def count_reason(reasons: Counter[str], reason: str) -> None:
 
 def totals(layers: dict[int | str, dict[str, Any]]) -> dict[str, Any]:
     """Sums over layers; `density` is again computed over visible pairs."""
-    dense, fallbacks = Counter(), Counter()
+    dense: Counter[str] = Counter()
+    fallbacks: Counter[str] = Counter()
     for layer in layers.values():
         dense.update(layer["dense_reasons"])
         fallbacks.update(layer["fallback_reasons"])

@@ -74,7 +74,9 @@ class StoreLayer(CacheLayerMixin):
         """The store, on `device`, for a layer that runs with `config`; ValueError when made for other options."""
         if config is not self._checked:
             self._checked = None
-            wanted, held = asdict(config.store_options(layer)), asdict(self.store.options)
+            made_for: Any = config  # whatever has a store has options for it, and the store remembers them
+            store: Any = self.store
+            wanted, held = asdict(made_for.store_options(layer)), asdict(store.options)
             different = [name for name in wanted if name not in _FORMAT and wanted[name] != held[name]]
             if different:
                 name = different[0]
@@ -265,8 +267,8 @@ def cache_report(cache: Cache) -> dict[str, Any]:
         if isinstance(layer, StoreLayer):
             for name, size in layer.store.bytes().items():
                 parts[name] = parts.get(name, 0) + size
-            held += layer.store.pages_held
-            read += int(layer.store.pages_read)
+            held += getattr(layer.store, "pages_held", 0)
+            read += int(getattr(layer.store, "pages_read", 0))
         elif getattr(layer, "keys", None) is not None:
             parts["dense layers"] += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
     allocated = parts.pop("allocated", 0) + parts["dense layers"]

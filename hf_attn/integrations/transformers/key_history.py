@@ -49,7 +49,8 @@ class KeyHistory:
             raise ValueError("this cache was cropped further back than a key convolution can follow; start a new one")
         if layer not in self._rows:
             rows = key.new_zeros(key.shape[0], key.shape[1], self.needed + SPARE_ROWS, key.shape[3])
-            seen, valid = 0, 0
+            seen: int | Tensor = 0
+            valid: int | Tensor = 0
             if self.is_compileable:
                 seen, valid = (torch.zeros((), dtype=torch.long, device=key.device) for _ in range(2))
                 if not torch.compiler.is_compiling():

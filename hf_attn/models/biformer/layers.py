@@ -121,10 +121,12 @@ class BilevelRoutingAttentionNchw(BilevelRoutingAttention):
         query, key, value = _over_channels_last(self.qkv_linear, maps).split(self.widths, -1)
         routes = self._routes(query, key, region)
         below, right = -height % region[0], -width % region[1]
-        padded = [pad(t, (0, 0, 0, right, 0, below)) if below or right else t for t in (query, key, value)]
-        out = self._attend(*padded, region, routes)[:, :height, :width]
+        local = value
+        if below or right:
+            query, key, value = (pad(t, (0, 0, 0, right, 0, below)) for t in (query, key, value))
+        out = self._attend(query, key, value, region, routes)[:, :height, :width]
         if hasattr(self, "lepe"):
-            out = out + _over_channels_last(self.lepe, value)
+            out = out + _over_channels_last(self.lepe, local)
         return _over_channels_last(self.output_linear, out)
 
     def region_of(self, height: int, width: int) -> tuple[int, int]:
@@ -140,11 +142,11 @@ class BilevelRoutingAttentionNchw(BilevelRoutingAttention):
     def _routes(self, query: Tensor, key: Tensor, region: tuple[int, int]) -> Tensor:
         """Means over what a region has of the map, without padding."""
         exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-        means = [
+        queries, keys = (
             avg_pool2d(t.permute(0, 3, 1, 2).to(exact), region, ceil_mode=True, count_include_pad=False).flatten(2).mT
             for t in (query, key)
-        ]
-        return best_regions(*means, self.top_k)
+        )
+        return best_regions(queries, keys, self.top_k)
 
 
 class FullAttention(nn.Module):

@@ -72,7 +72,8 @@ class BlockRanker:
         if top_k is not None:
             require_int("top_k", top_k, 1)
         several = not isinstance(query, str)
-        queries, lists = (list(query), list(documents)) if several else ([query], [documents])
+        queries: list[Any] = list(query) if several else [query]
+        lists: list[Any] = list(documents) if several else [documents]
         ranked = []
         for scores, texts in zip(self._all_scores(queries, lists, batch_size), lists, strict=True):
             order = scores.argsort(descending=True, stable=True)[:top_k].tolist()
@@ -110,7 +111,7 @@ class BlockRanker:
         found = first_layer_scores(self.model, batch, layers)
         return torch.stack([found[layer][0] for layer in layers]).cpu()
 
-    def _all_scores(self, queries: list[str], lists: list[Sequence[str]], batch_size: int) -> list[Tensor]:
+    def _all_scores(self, queries: list[str], lists: Sequence[Sequence[str]], batch_size: int) -> list[Tensor]:
         require_int("batch_size", batch_size, 1)
         if len(queries) != len(lists):
             raise ValueError(f"{len(queries)} queries need as many lists of documents, got {len(lists)}")

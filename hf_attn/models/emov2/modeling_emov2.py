@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -46,7 +48,7 @@ def _stem(config: EMOv2Config) -> nn.Sequential:
 
 def _stage(config: EMOv2Config, stage: int, rates: list[float]) -> nn.ModuleList:
     ratio, dim = config.expand_ratios[stage], config.embed_dims[stage]
-    shared = {
+    shared: dict[str, Any] = {
         "norm": config.norm_types[stage],
         "act": config.act[stage],
         "kernel": config.kernel_sizes[stage],

@@ -51,7 +51,7 @@ class MobaHybridConfig(configuration_moba.KeyConvolutionConfig, Qwen2Config):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
             count = self.num_hidden_layers
-            self.layer_types = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
+            self.layer_types: list[str] = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.kconv_layers is None:

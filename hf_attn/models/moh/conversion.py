@@ -23,7 +23,7 @@ _FIELDS = ("router", "top_k", "aux_coef", "router_scaling", "aux_form", "ste", "
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 256
 
 
-def configure_dit(base: dict[str, Any], model_class: type, options: dict[str, Any]) -> dict[str, Any]:
+def configure_dit(base: Mapping[str, Any], model_class: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the converted DiT: the same shared heads (the first ones) and `top_k` in every layer."""
     known = inspect.signature(model_class.__init__).parameters
     given = {key: value for key, value in base.items() if key in known}

@@ -119,7 +119,8 @@ def _in_blocks(
     mask = torch.cat([first[:, None], others[:, None].expand(-1, count - 1, -1, -1)], 1)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)
     if prefix is not None:
-        prefix = tuple(t[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1) for t in prefix)
+        key, value = (t[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1) for t in prefix)
+        prefix = (key, value)
     out = attention.attend(blocks(query).flatten(0, 1), *_with_prefix(prefix, pairs(*keys), pairs(*values), mask))
     return out.unflatten(0, (batch, count)).flatten(1, 2)[:, :length]
 

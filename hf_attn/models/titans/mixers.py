@@ -237,10 +237,10 @@ class TitansContextMixer(TitansMixer):
         place = _positions(inside, length, device) + lead
         query = attention.queries(hidden, place + config.segment_size)
         fixed = attention.keys_values(self._persistent(hidden.shape[0]).to(hidden.dtype), _positions(0, lead, device))
-        recalled = attention.keys_values(recalled, place)
+        remembered = attention.keys_values(recalled, place)
         own = attention.keys_values(hidden, place + config.segment_size)
         names = ("segment_recalled_key", "segment_recalled_value", "segment_key", "segment_value")
-        new = (*recalled, *own)
+        new = (*remembered, *own)
         old = [state.get(name, t[:, :0]) for name, t in zip(names, new, strict=True)]
         joined = [torch.cat([a.to(b.dtype), b], 1) for a, b in zip(old, new, strict=True)]
         keys = torch.cat([fixed[0], joined[0], joined[2]], 1)

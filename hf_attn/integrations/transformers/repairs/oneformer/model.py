@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
@@ -12,8 +12,13 @@ from hf_attn.checks import require_one_of
 from hf_attn.integrations.transformers.repairs.oneformer import pixel_decoder, text
 from hf_attn.ops.deformable import BACKENDS
 
+if TYPE_CHECKING:  # to a type checker the mixin is what it is put before
+    from transformers import PreTrainedModel as HostModel
+else:
+    HostModel = object
 
-class Mended:
+
+class Mended(HostModel):
     """What transformers asks a model class before it sets an implementation or checkpoints layers."""
 
     _supports_sdpa = True
