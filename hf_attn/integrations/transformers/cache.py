@@ -119,6 +119,7 @@ class StoreLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens (a negative number), or, as older versions ask, all beyond a positive number."""
         self.waiting = False
+        tokens_to_remove = int(tokens_to_remove)  # 5.17 passes a tensor, which would become the count of slots
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.store.slots - tokens_to_remove, 0)
         self.store.crop(remove)
 

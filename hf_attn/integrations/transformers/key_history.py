@@ -82,6 +82,7 @@ class KeyHistory:
 
         The model's layers are cropped by then, so the cache is of no use any more, and says so.
         """
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
         removed = abs(tokens_to_remove)

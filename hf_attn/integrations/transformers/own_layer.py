@@ -51,6 +51,7 @@ class OwnLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens (a negative number), or, as older versions ask, all beyond a positive number."""
+        tokens_to_remove = int(tokens_to_remove)
         self.kept.crop(-tokens_to_remove if tokens_to_remove <= 0 else max(self.kept.slots - tokens_to_remove, 0))
 
     def reset(self) -> None:
