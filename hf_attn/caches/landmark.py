@@ -65,7 +65,10 @@ class LandmarkStore(LayerStore):
                 )
 
     def dense(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Not possible: keys have no fixed position here."""
+        """Not possible: keys have no fixed position here.
+
+        Raises ValueError for every `[B, H, n, D]` and `[B, H, n, Dv]`.
+        """
         raise ValueError("a landmark cache is read by landmark layers alone; use a DynamicCache for other attention")
 
     @outliving
@@ -146,7 +149,10 @@ class LandmarkStore(LayerStore):
         return keys, values
 
     def crop(self, count: int) -> None:
-        """Not possible beyond the open block, whose tokens have landmarks that hosts do not count."""
+        """Not possible beyond the open block, whose tokens have landmarks that hosts do not count.
+
+        Raises ValueError for more tokens than that.
+        """
         raise ValueError(
             "a landmark cache cannot forget single tokens (assisted and prompt-lookup decoding ask for it); use greedy "
             "search, sampling or beams"
@@ -154,7 +160,10 @@ class LandmarkStore(LayerStore):
 
     @outliving
     def select_rows(self, rows: Tensor) -> None:
-        """Keep these batch rows, in this order; a row may repeat."""
+        """Keep these batch rows, in this order; a row may repeat.
+
+        rows: int64 `[rows]`.
+        """
         if self.batch is None:
             return
         order = rows.tolist()

@@ -115,7 +115,10 @@ def attend(call: AttentionCall, config: ParoAttentionConfig) -> Tensor:
 
 
 def select(call: AttentionCall, config: ParoAttentionConfig) -> BlockPattern:
-    """The kept blocks, in the order of each head; for pictures."""
+    """The kept blocks, in the order of each head; for pictures.
+
+    Raises ValueError for a call that runs dense, with the reason.
+    """
     found, reason = _entry(call, config)
     if found is None:
         raise ValueError(f"this call runs dense: {reason}")

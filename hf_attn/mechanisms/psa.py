@@ -134,7 +134,10 @@ class PSAConfig(DiffusionConfig):
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> PSAConfig:
-        """Build and check; `preset` is looked up in `PRESETS`."""
+        """Build and check; `preset` is looked up in `PRESETS`.
+
+        Raises ValueError for unknown options and presets.
+        """
         if "preset" in options:
             name = options["preset"]
             if name not in PRESETS:
@@ -145,6 +148,7 @@ class PSAConfig(DiffusionConfig):
 
     @classmethod
     def preset_for(cls, model_id: str) -> str | None:
+        """Name of the setting published for a model on the Hub, None when there is none."""
         name = model_id.lower()
         return next((preset for part, preset in PRESET_MODELS if part in name and "-i2v" not in name), None)
 
@@ -168,7 +172,10 @@ class PSAConfig(DiffusionConfig):
 
 
 def attend(call: AttentionCall, config: PSAConfig) -> Tensor:
-    """PSA's attention `[B, Hq, Nq, Dv]`: choose a level for every pair of blocks, then one softmax over all pools."""
+    """PSA's attention `[B, Hq, Nq, Dv]`: choose a level for every pair of blocks, then one softmax over all pools.
+
+    Raises ValueError for a schedule in a causal layer, which has no denoising steps.
+    """
     if call.causal and config.schedule is not None:
         raise ValueError("schedule needs denoising steps, but this layer is causal; use density=")
     order = _order(call, config)

@@ -45,7 +45,10 @@ class StreamingConfig(MechanismConfig):
 
 
 def attend(call: AttentionCall, config: StreamingConfig) -> Tensor:
-    """Query of block p reads key blocks [0, sinks) and (p - window, p], causally. `[B, Hq, Nq, Dv]`."""
+    """Query of block p reads key blocks [0, sinks) and (p - window, p], causally. `[B, Hq, Nq, Dv]`.
+
+    Raises ValueError for layers that are not causal.
+    """
     if not call.causal:
         raise ValueError(
             "streaming needs causal attention, but this module is not causal; leave the layer dense with "

@@ -292,7 +292,10 @@ def load_as(
     rewrite: Callable[[Any, str, Tensor], Tensor] | None,
     load: dict[str, Any],
 ) -> nn.Module:
-    """A checkpoint of the host's class `host` as a model of ours; arguments as in `around`, `load` as in `convert`."""
+    """A checkpoint of the host's class `host` as a model of ours; arguments as in `around`, `load` as in `convert`.
+
+    Raises ValueError for a checkpoint that lacks weights.
+    """
     empty = None if isinstance(base, Mapping) else host_on_meta(host, base)
     if empty is None or rewrite is not None or renames_weights(empty):
         source = load_host(repo, host, load)

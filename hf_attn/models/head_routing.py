@@ -135,7 +135,10 @@ class HeadRoutedHead(CardOnPush):
         return torch.stack([term.to(terms[0].device) for term in terms]).mean() if terms else None
 
     def add_load_balance(self, loss: Tensor | None, mask: Any) -> tuple[Tensor | None, Tensor | None]:
-        """The loss, in training with its load-balance term, and that term; None where there is none."""
+        """The loss, in training with its load-balance term, and that term; None where there is none.
+
+        Both are scalars; mask: `[B, N]`, true or 1 for real tokens, or None.
+        """
         aux = None
         if loss is not None:
             aux = self.load_balance_loss(mask)

@@ -97,7 +97,10 @@ def choose_path(op: str, query: Tensor, *head_dims: int) -> Path:
 
 
 def triton_obstacle(query: Tensor, head_dims: Sequence[int] = ()) -> str | None:
-    """Why a Triton kernel cannot take this tensor, or None."""
+    """Why a Triton kernel cannot take this tensor, or None.
+
+    query: `[B, H, N, D]`, whose device and dtype count; head_dims: of the call, which kernels restrict.
+    """
     if not _HAS_TRITON:
         return "triton is not installed (pip install triton)"
     device = query.device.type
@@ -122,7 +125,10 @@ def may_go_dense() -> bool:
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise ValueError unless the three fit together; names the argument and its shape."""
+    """Raise ValueError unless the three fit together; names the argument and its shape.
+
+    Allowed are `[B, Hq, Nq, D]`, `[B, Hkv, Nk, D]` and `[B, Hkv, Nk, Dv]` in one floating-point dtype, `Hq % Hkv == 0`.
+    """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(tensor.shape)}")
@@ -148,7 +154,10 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype when autocast is on for their device (custom ops are opaque to it)."""
+    """The tensors in the autocast dtype when autocast is on for their device (custom ops are opaque to it).
+
+    Any shapes `[...]`; fp64 and integer tensors stay as they are.
+    """
     device = tensors[0].device.type
     # Devices without autocast, meta among them, do not even answer the question.
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
@@ -166,7 +175,13 @@ def resolve_tokens(
     key_start: Tensor | int | None,
     key_length: Tensor | None,
 ) -> Tensor | None:
-    """The token index of whichever way the caller described the rows; `None` when all of them are full."""
+    """The token index of whichever way the caller described the rows; `None` when all of them are full.
+
+    query and key are `[B, Hq, Nq, D]` and `[B, Hkv, Nk, D]`; the index is int32 `[B, 2, Nq + Nk]` (see `TokenLayout`).
+
+    Raises ValueError for more than one description, one that does not fit the tensors, and windows, masks and
+    documents, which sparse ops do not follow.
+    """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     padded = key_length is not None or key_start is not None
     if packed + padded + (tokens is not None) > 1:

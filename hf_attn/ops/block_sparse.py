@@ -96,7 +96,10 @@ def _path(path: Path) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def check_pattern(pattern: BlockPattern, query: Tensor, key: Tensor) -> None:
-    """Raise TypeError or ValueError unless the pattern was made for tensors of these shapes."""
+    """Raise TypeError or ValueError unless the pattern was made for tensors of these shapes.
+
+    query and key are `[B, Hq, Nq, D]` and `[B, Hkv, Nk, D]`.
+    """
     if not isinstance(pattern, BlockPattern):
         raise TypeError(
             f"pattern must be a hf_attn.pattern.BlockPattern, got {type(pattern).__name__}; "

@@ -57,6 +57,8 @@ def document_scores(
 
     Returns fp32 (fp64 for fp64 inputs) `[B, Hq, S, num_documents]`, each row summing to 1; documents without a token
     get 0, rows without any document are all 0. Differentiable in query and key.
+
+    Raises ValueError for shapes that do not fit, naming the argument.
     """
     table = _table(tokens, query)
     if rows.dim() != 2 or rows.shape[0] != query.shape[0] or rows.is_floating_point():

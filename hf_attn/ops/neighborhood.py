@@ -124,6 +124,8 @@ def na_qk(
 
     Returns `[B, H, *space, prod(kernel_size)]`, window-major (last axis fastest); slots without a key, which only
     causal axes have, give -inf. Differentiable.
+
+    Raises ValueError for shapes and windows that do not fit, naming the argument.
     """
     space = check_heads_first("query", query, "key", key)
     if query.shape != key.shape:
@@ -158,6 +160,8 @@ def na_av(
         kernel_size, dilation, is_causal, backend: as in `na_qk`.
 
     Returns `[B, H, *space, Dv]`. Differentiable.
+
+    Raises ValueError for shapes and windows that do not fit, naming the argument.
     """
     space = check_heads_first("weights", weights, "value", value)
     geometry = geometry_of(space, kernel_size, 1, dilation, is_causal)
@@ -186,7 +190,10 @@ def neighborhood_mask(
     is_causal: Flags = False,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Which key each query sees, bool `[N, N]` over the flattened grid (last axis fastest)."""
+    """Which key each query sees, bool `[N, N]` over the flattened grid (last axis fastest).
+
+    Raises ValueError for windows that do not fit the grid, naming the axis.
+    """
     if not 1 <= len(space) <= 3:
         raise ValueError(f"space must have one to three axes, got {tuple(space)}")
     from hf_attn.ops.hfattn_sparse.neighborhood.geometry import visible

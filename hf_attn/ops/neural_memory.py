@@ -164,6 +164,8 @@ def chunk_gated_memory(
         memory_residual_norm: M(x) = x + LayerNorm(MLP(x)) * (1 + gamma) instead of MLP(x); gamma is learned as well.
 
     Returns the output `[B, H, T, d]` and the weights of all chunks with the last momentum, fp32 (fp64 in fp64).
+
+    Raises ValueError for shapes and options that do not fit, naming the argument.
     """
     require_int("chunk_size", chunk_size, 1)
     if loss_reduction not in ("sum", "mean"):
@@ -205,7 +207,10 @@ def _form(path: str):
 def check_memory(
     query: Tensor, key: Tensor, value: Tensor, gates: tuple[Tensor, ...], weights: Sequence[Tensor]
 ) -> None:
-    """Raise ValueError unless tokens, gates and weights fit together."""
+    """Raise ValueError unless tokens, gates and weights fit together.
+
+    Tokens are `[B, H, T, d]`, gates `[B, H, T]`, weights `[H, in, out]` or `[B, H, in, out]`.
+    """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4 or tensor.shape != query.shape:
             raise ValueError(

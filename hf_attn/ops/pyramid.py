@@ -209,6 +209,8 @@ def sampled_importance(
 
     Returns:
         `[B, Hq, nq, nk]`, rows summing to 1, fp32 (fp64 for fp64 inputs). Not differentiable.
+
+    Raises ValueError for offsets that do not fit the blocks.
     """
     check_qkv(query, key, key)
     require_int("block_q", block_q, 1)
@@ -277,6 +279,8 @@ def assign_levels(
         cap: uint8 `[B, H, nk]` of `similarity_cap`, an upper limit of the level.
         causal: skip blocks above the diagonal, force the diagonal and the first column to level 1.
         last_text_blocks: with `causal`, last block rows and columns at level 1.
+
+    Raises ValueError for importances that are not `[B, H, nq, nk]`, or not square where `causal`.
     """
     check_rule(mode, bounds, min_full, align_divisor)
     if importance.dim() != 4:
@@ -359,7 +363,10 @@ def check_similarity(thresholds: Sequence[float]) -> list[float]:
 
 
 def check_causal(query: Tensor, key: Tensor, block_q: int, block_k: int, stride: int) -> None:
-    """Raise ValueError for calls whose antidiagonals do not exist."""
+    """Raise ValueError for calls whose antidiagonals do not exist.
+
+    query and key are `[B, Hq, Nq, D]` and `[B, Hkv, Nk, D]`.
+    """
     require_int("stride", stride, 1)
     if query.shape[2] != key.shape[2]:
         raise ValueError(

@@ -194,6 +194,7 @@ class StepHook(ModelHook):
         self.listener = _Listener(state)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
+        """As the host's."""
         if self.listener.state is not None:
             self.listener.state.restart()
         return module

@@ -19,6 +19,7 @@ class Pairs:
     visible: float | Tensor = 0.0
 
     def add(self, computed: float | Tensor, visible: float | Tensor) -> None:
+        """Add what one call computed and could see."""
         self.computed = self.computed + (computed.detach() if isinstance(computed, Tensor) else computed)
         self.visible = self.visible + (visible.detach() if isinstance(visible, Tensor) else visible)
 

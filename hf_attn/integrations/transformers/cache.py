@@ -95,12 +95,15 @@ class StoreLayer(CacheLayerMixin):
             self.store.to("cpu")
 
     def get_seq_length(self) -> int:
+        """As the host's."""
         return self.store.slots
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the host's."""
         return self.store.slots + int(query_length), 0
 
     def get_max_length(self) -> int:
+        """As the host's."""
         return -1
 
     def get_max_cache_shape(self) -> int:
@@ -113,6 +116,7 @@ class StoreLayer(CacheLayerMixin):
         return -1 if self.store.batch is None else self.store.batch
 
     def reset(self) -> None:
+        """As the host's."""
         self.waiting = False
         self.store.reset()
 
@@ -129,18 +133,22 @@ class StoreLayer(CacheLayerMixin):
         self.store.take_back(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As the host's."""
         self.store.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """As the host's."""
         if self.store.batch is not None:
             self.store.select_rows(torch.arange(self.store.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """As the host's."""
         if self.store.batch is not None:
             rows = torch.arange(self.store.batch)[indices.cpu()]
             self.store.select_rows(rows)
 
     def offload(self) -> None:
+        """As the host's."""
         self.offloaded = True
         if not self.waiting:
             self.store.to("cpu")
@@ -203,6 +211,7 @@ class StoreCache(Cache):
         return min((layer.get_seq_length() for layer in self.layers), default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As the host's."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if isinstance(layer, StoreLayer):
             return self.get_seq_length() + int(query_length), 0

@@ -108,9 +108,11 @@ class KeyHistory:
                 self._seen[layer], self._valid[layer] = seen - removed, min(valid - removed, size)
 
     def activate_past_recording(self) -> None:
+        """As the host's."""
         self.record_past = True
 
     def reset(self) -> None:
+        """As the host's."""
         self._lost = False
         if self.is_compileable:
             for tensors in (self._rows, self._seen, self._valid):
@@ -121,12 +123,15 @@ class KeyHistory:
                 kept.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As the host's."""
         self._select(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """As the host's."""
         self._select(lambda rows: rows.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """As the host's."""
         self._select(lambda rows: rows[indices])
 
     def _select(self, choose: Any) -> None:
@@ -143,12 +148,15 @@ class KeyHistory:
     prefetch = offload
 
     def get_seq_length(self) -> Any:
+        """As the host's."""
         return self._host.get_seq_length()
 
     def get_mask_sizes(self, query_length: Any) -> tuple[Any, Any]:
+        """As the host's."""
         return self._host.get_mask_sizes(query_length)
 
     def get_max_length(self) -> int:
+        """As the host's."""
         return self._host.get_max_length()
 
 

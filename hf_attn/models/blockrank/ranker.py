@@ -91,6 +91,8 @@ class BlockRanker:
         """Score of every (query, document) pair, fp32 `[pairs]`, as a CrossEncoder's `predict`.
 
         Pairs of the same query are one list, ranked together; a query with a single pair gets 1.
+
+        Raises ValueError for entries that are no pair.
         """
         groups: dict[str, list[int]] = {}
         for number, pair in enumerate(pairs):

@@ -28,6 +28,7 @@ class EMOv2LayerNorm(nn.Module):
         self.norm = ChannelLayerNorm(channels, eps=EPS)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         return self.norm(hidden)
 
 
@@ -58,6 +59,7 @@ class EMOv2ConvLayer(nn.Module):
         self.act = act
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> `[B, channels_out, H / stride, W / stride]`."""
         hidden = self.norm(self.conv(hidden))
         if self.act is None:
             return hidden
@@ -74,6 +76,7 @@ class EMOv2ConvExpansion(nn.Module):
         self.net = EMOv2ConvLayer(dim, mid, bias=bias, act=act)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, dim, H, W]` -> `[B, mid, H, W]`."""
         return self.net(hidden)
 
 
@@ -96,6 +99,7 @@ class EMOv2AttentionExpansion(nn.Module):
         self.v = EMOv2ConvLayer(dim, mid, bias=bias, act=act)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, dim, H, W]` -> `[B, mid, H, W]`."""
         height, width = hidden.shape[2:]
         if self.window > 0:
             below, right = -height % self.window, -width % self.window
@@ -124,6 +128,7 @@ class EMOv2LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((1, channels, 1, 1), float(value)))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         return self.gamma * hidden
 
 

@@ -90,6 +90,7 @@ class EMOv2Model(EMOv2PreTrainedModel, VisionModel):
         self.post_init()
 
     def feature_maps(self, pixel_values: Tensor) -> list[Tensor]:
+        """The maps of `config.stage_names`, `[B, C, H, W]` each, of images `[B, 3, H, W]`."""
         maps = [self.stage0(pixel_values)]
         for stage in range(1, len(self.config.depths) + 1):
             hidden = maps[-1]
@@ -99,6 +100,7 @@ class EMOv2Model(EMOv2PreTrainedModel, VisionModel):
         return maps
 
     def pool(self, last: Tensor) -> Tensor:
+        """The last map `[B, C, H, W]` -> `[B, C]`, what the classifier takes."""
         return self.norm(last).mean((2, 3))
 
 
@@ -113,4 +115,5 @@ class EMOv2Backbone(VisionBackbone, EMOv2PreTrainedModel):
     """EMOv2 for dense tasks: the maps of stages as they are, as the published detectors and segmenters read them."""
 
     def make_norm(self, channels: int) -> nn.Module:
+        """The norm of a feature map with `channels` channels."""
         return nn.Identity()

@@ -63,6 +63,8 @@ class MobaHybridConfig(configuration_moba.KeyConvolutionConfig, Qwen2Config):
         """The paper's sizes: "340m" or "1b", with B=128 and k=8 (arXiv 2511.11571, section 5.1).
 
         `changes` replace single fields; `hf_attn=None` makes the dense counterpart.
+
+        Raises ValueError for an unknown one.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")

@@ -31,11 +31,17 @@ class TitansAttention(nn.Module):
         return self.rotated(self._heads(self.q_proj(hidden)), positions)
 
     def keys_values(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys, rotated, and values."""
+        """Keys, rotated, and values.
+
+        hidden `[B, N, d]`, positions `[N]` or `[B, N]`; both are `[B, N, heads, D]`.
+        """
         return self.rotated(self._heads(self.k_proj(hidden)), positions), self._heads(self.v_proj(hidden))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """The output projection of attention with a mask of pairs, bool `[B | 1, Nq, Nk]`, true for what is seen."""
+        """The output projection of attention with a mask of pairs, bool `[B | 1, Nq, Nk]`, true for what is seen.
+
+        Raises ValueError for an implementation that does not take such masks.
+        """
         name = self.config._attn_implementation or "sdpa"
         if name not in IMPLEMENTATIONS:
             raise ValueError(
@@ -56,7 +62,10 @@ class TitansAttention(nn.Module):
         return projected.unflatten(-1, (-1, self.head_dim))
 
     def rotated(self, heads: Tensor, positions: Tensor) -> Tensor:
-        """Half-rotation (RoPE): features j and j + D/2 turn by position * rope_theta^(-2 j / D); angles in fp32."""
+        """Half-rotation (RoPE): features j and j + D/2 turn by position * rope_theta^(-2 j / D); angles in fp32.
+
+        heads: `[B, N, heads, D]`; positions: `[N]` or `[B, N]`.
+        """
         half = self.head_dim // 2
         steps = torch.arange(half, device=heads.device, dtype=torch.float32)
         angle = positions[..., None].float() * self.config.rope_theta ** (-steps / half)

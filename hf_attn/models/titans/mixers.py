@@ -97,6 +97,9 @@ class TitansMemoryMixer(TitansMixer):
     def forward(
         self, hidden: Tensor, state: State | None = None, lengths: Tensor | None = None, *, frozen: bool = False
     ) -> tuple[Tensor, State]:
+        """Output `[B, N, d]` of hidden `[B, N, d]`, and the state behind it; lengths `[B]` counts real tokens, `frozen`
+        only reads.
+        """
         return self.memory(hidden, state, lengths, frozen=frozen)
 
 
@@ -106,6 +109,9 @@ class TitansGateMixer(TitansMixer):
     def forward(
         self, hidden: Tensor, state: State | None = None, lengths: Tensor | None = None, *, frozen: bool = False
     ) -> tuple[Tensor, State]:
+        """Output `[B, N, d]` of hidden `[B, N, d]`, and the state behind it; lengths `[B]` counts real tokens, `frozen`
+        only reads.
+        """
         state = state or {}
         stream, real, lead = self._led(hidden, state, lengths)
         remembered, new = self.memory(stream, state, real, frozen=frozen)
@@ -133,6 +139,9 @@ class TitansLayerMixer(TitansMixer):
     def forward(
         self, hidden: Tensor, state: State | None = None, lengths: Tensor | None = None, *, frozen: bool = False
     ) -> tuple[Tensor, State]:
+        """Output `[B, N, d]` of hidden `[B, N, d]`, and the state behind it; lengths `[B]` counts real tokens, `frozen`
+        only reads.
+        """
         state = state or {}
         stream, lengths, lead = self._led(hidden, state, lengths)
         remembered, new = self.memory(stream, state, lengths, frozen=frozen)
@@ -156,6 +165,9 @@ class TitansContextMixer(TitansMixer):
     def forward(
         self, hidden: Tensor, state: State | None = None, lengths: Tensor | None = None, *, frozen: bool = False
     ) -> tuple[Tensor, State]:
+        """Output `[B, N, d]` of hidden `[B, N, d]`, and the state behind it; lengths `[B]` counts real tokens, `frozen`
+        only reads.
+        """
         state = dict(state or {})
         query, state["x_tail"] = self.memory.query(hidden, state.get("x_tail"), lengths)
         if lengths is None and not isinstance(state.get("inside", 0), Tensor):

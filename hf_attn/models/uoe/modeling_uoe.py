@@ -288,7 +288,10 @@ class UoeForCausalLM(CardOnPush):
         cls.forward = forward
 
     def add_balance(self, outputs: Any, labels: Tensor, mask: Any) -> Any:
-        """In training the loss plus uoe_balance * aux_loss, which is returned too."""
+        """In training the loss plus uoe_balance * aux_loss, which is returned too.
+
+        labels: int64 `[B, N]`; mask: `[B, N]` or None.
+        """
         found = [m.routing for m in self.modules() if isinstance(m, _Gated) and m.routing is not None]
         if not found or not self.training:
             return outputs
