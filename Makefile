@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What the API reference shows beside `hf_attn` itself.
+ROOMS := ops natten pattern call grid mechanism mechanisms caches nn models training analysis
 
-.PHONY: setup demo test test-slow test-oldest test-newest lint wheel kernels clean
+.PHONY: setup demo test test-slow test-oldest test-newest lint docs wheel release-check kernels clean
 
 setup: $(STAMP)
 
@@ -49,8 +51,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The API reference: one page a module, from the docstrings.
+docs: setup
+	$(BIN)/pdoc -o build/docs hf_attn $(addprefix hf_attn.,$(ROOMS))
+
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist
+
+# Both artefacts as a release has them: contents, metadata, and a fresh environment that has only the wheel.
+release-check: setup
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m pytest -q tests/test_package.py
 
 # The kernels as repositories for the Hub: build/<name>/build/torch-<backend>.
 kernels: setup

@@ -150,7 +150,7 @@ class TnlDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden: Tensor, positions: Tensor, mask: Tensor | None, borders: Tensor | None, store: Any
     ) -> Tensor:
-        """hidden `[B, N, d]` -> the same shape; positions and mask `[B, N]`, borders of packed rows `[sequences + 1]`."""
+        """hidden `[B, N, d]` -> the same shape; positions and mask `[B, N]`, borders of packed rows `[rows + 1]`."""
         hidden = hidden + self.token_mixer(srms_norm(hidden, self.eps), positions, mask, borders, store)
         return hidden + self.channel_mixer(srms_norm(hidden, self.eps))
 
