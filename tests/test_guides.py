@@ -14,6 +14,17 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
 
 
+def test_tour(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parts = blocks("tour.md")
+    assert len(parts) == 3
+    namespace = {}
+    for number, code in enumerate(parts):
+        code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", tiny_model)
+        exec(compile(code, f"tour.md, block {number}", "exec"), namespace)
+    assert namespace["out"].shape == (1, 8, 512, 64)
+
+
 def test_write_your_own(tiny_model):
     parts = blocks("write_your_own.md")
     assert len(parts) == 3
