@@ -29,12 +29,15 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
-# The oldest supported host library beside the newest: same tests of the seam, another environment.
+# The oldest supported hosts: the tests of everything that touches them, in an environment of its own.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet torch -c constraints.txt
-	.venv-oldest/bin/pip install --quiet -e ".[dev,bench]" "transformers==5.17.0" -c constraints.txt
-	.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu" tests/integrations tests/matrix
+	.venv-oldest/bin/pip install --quiet -e ".[dev,bench]" "transformers==5.17.0" "diffusers==0.38.0" "peft==0.19.0" "accelerate==1.13.0" \
+		-c constraints.txt
+	.venv-oldest/bin/python -m pip list | grep -i -E "^(torch|transformers|diffusers|peft|accelerate) "
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" \
+		tests/integrations tests/matrix tests/models tests/cli tests/test_readme.py tests/test_mistakes.py tests/test_package.py
 
 # For a nightly run: whatever transformers is newest today, pre-releases too, with the trainers and the server.
 test-newest:

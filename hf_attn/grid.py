@@ -100,17 +100,11 @@ class Permutation:
             return cls(forward, inverse, bool((forward == positions).all()))
 
     def apply(self, x: Tensor, dim: int = -2) -> Tensor:
-        """Tokens of `x` along `dim` in the new order; `x` itself when nothing moves. Differentiable.
-
-        x has `[..., N, D]` tokens with the default `dim`.
-        """
+        """Tokens of x `[..., N, D]` (along `dim`) in the new order; x itself when nothing moves. Differentiable."""
         return x if self.is_identity else x.index_select(dim, self._on(x.device)[0])
 
     def undo(self, x: Tensor, dim: int = -2) -> Tensor:
-        """The inverse of `apply`.
-
-        x has `[..., N, D]` tokens with the default `dim`.
-        """
+        """The inverse of `apply`, of x `[..., N, D]`."""
         return x if self.is_identity else x.index_select(dim, self._on(x.device)[1])
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -135,13 +135,13 @@ def attend_chunk(
     store.hold(key, value, chunk, rotary)
     if _is_step(store, chunk, options):
         out = _step(query, key, value, store, chunk, rotary, options, scale)
-        return out, _counts(query.shape[1], chunk, store.blocks, options.top_k, options)
+        return out, _counts(query.shape[1], chunk, store.blocks, options.top_k)
     place = chunk.once(store, "place", lambda: chunk.columns(store.open_lengths))
     out, lse = _local(query, key, value, store, chunk, place, rotary, options.block_size, scale)
     blocks = store.blocks
     most = max(blocks, default=0)
     if most == 0 or options.selection == "none":
-        return out, _counts(query.shape[1], chunk, blocks, 0, options)
+        return out, _counts(query.shape[1], chunk, blocks, 0)
     taken = [min(options.top_k, number) for number in blocks]
 
     def tables() -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def attend_chunk(
     if options.keep is not None:
         options.keep(ids.expand(-1, query.shape[1], query.shape[2], -1))
     out = _retrieved(out, lse, turned, ids, store, chunk, options.block_size, scale)
-    return out, _counts(query.shape[1], chunk, blocks, options.top_k, options)
+    return out, _counts(query.shape[1], chunk, blocks, options.top_k)
 
 
 def _is_step(store: Any, chunk: Chunk, options: Retrieval) -> bool:
@@ -378,7 +378,7 @@ def _grouped(query: Tensor, key: Tensor) -> Tensor:
     return rows.view(batch, heads, width, -1)
 
 
-def _counts(heads: int, chunk: Chunk, blocks: list[int], top_k: int, options: Retrieval) -> dict[str, float | Tensor]:
+def _counts(heads: int, chunk: Chunk, blocks: list[int], top_k: int) -> dict[str, float | Tensor]:
     pairs = list(zip(chunk.counts, blocks, strict=True))
     cached = heads * sum(count * number for count, number in pairs)
     read = heads * sum(count * min(top_k, number) for count, number in pairs)
