@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -129,7 +129,9 @@ class GateTrainer:
         self.optimizer = torch.optim.AdamW([self.gates], lr=learning_rate, weight_decay=0.0)
         self.done = 0
 
-    def step(self, input_ids: Tensor, labelled: Tensor, reduce=None) -> dict[str, float]:
+    def step(
+        self, input_ids: Tensor, labelled: Tensor, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, float]:
         """One update on `input_ids` int64 `[B, N]` with the loss on `labelled` bool `[B, N]`; returns its figures.
 
         `reduce(tensor) -> tensor` averages the gradient and the loss over processes.
