@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What the API reference shows beside `hf_attn` itself.
+ROOMS := ops natten pattern call grid mechanism mechanisms caches nn models training analysis
 
-.PHONY: setup demo test test-slow test-oldest test-newest lint wheel kernels clean
+.PHONY: setup demo test test-slow test-oldest test-newest lint docs wheel release-check kernels clean
 
 setup: $(STAMP)
 
@@ -27,12 +29,15 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
-# The oldest supported host library beside the newest: same tests of the seam, another environment.
+# The oldest supported hosts: the tests of everything that touches them, in an environment of its own.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet torch -c constraints.txt
-	.venv-oldest/bin/pip install --quiet -e ".[dev,bench]" "transformers==5.17.0" -c constraints.txt
-	.venv-oldest/bin/python -m pytest -q -m "not slow and not gpu" tests/integrations tests/matrix
+	.venv-oldest/bin/pip install --quiet -e ".[dev,bench]" "transformers==5.17.0" "diffusers==0.38.0" "peft==0.19.0" "accelerate==1.13.0" \
+		-c constraints.txt
+	.venv-oldest/bin/python -m pip list | grep -i -E "^(torch|transformers|diffusers|peft|accelerate) "
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" \
+		tests/integrations tests/matrix tests/models tests/cli tests/test_readme.py tests/test_mistakes.py tests/test_package.py
 
 # For a nightly run: whatever transformers is newest today, pre-releases too, with the trainers and the server.
 test-newest:
@@ -47,9 +52,19 @@ test-newest:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The API reference: one page a module, from the docstrings.
+docs: setup
+	$(BIN)/pdoc -o build/docs hf_attn $(addprefix hf_attn.,$(ROOMS))
 
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist
+
+# Both artefacts as a release has them: contents, metadata, and a fresh environment that has only the wheel.
+release-check: setup
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m pytest -q tests/test_package.py
 
 # The kernels as repositories for the Hub: build/<name>/build/torch-<backend>.
 kernels: setup

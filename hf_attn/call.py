@@ -49,6 +49,12 @@ class TokenLayout:
         """True when there is nothing to say: full rows, bottom-right alignment, no window, no arbitrary mask."""
         return self.index is None and self.window is None and self.dense is None
 
+    def known_grid(self) -> TokenGrid:
+        """The lattice; ValueError where the host told none."""
+        if self.grid is None:
+            raise ValueError("this mechanism needs the latent grid of the tokens, which this call does not have")
+        return self.grid
+
     def real_keys(self) -> Tensor | None:
         """Which key slots are real, bool `[batch, k_len]`; `None` when all are."""
         return None if self.index is None else self.index[:, 0, self.q_len :] >= 0
@@ -65,6 +71,8 @@ class TokenLayout:
         Args:
             cu_seqlens_q, cu_seqlens_k: int `[sequences + 1]`, 0 first; sequence s owns rows `cu[s]:cu[s + 1]`. Rows
                 beyond the last entry are not real. Queries align with the last keys of their sequence.
+
+        Raises ValueError for borders that are not integer `[sequences + 1]`, or not as many for queries and keys.
         """
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if cu.dim() != 1 or cu.numel() < 2 or cu.is_floating_point():
@@ -88,6 +96,12 @@ class TokenLayout:
         """Rows of unequal length: row b's real keys are slots `key_start[b] : key_start[b] + key_length[b]`.
 
         With `q_len == k_len` query slot i is key slot i. Otherwise the queries are the last real tokens of the row.
+
+        Args:
+            key_start: first real slot of every row, int `[batch]` or one number.
+            key_length: int `[batch]`.
+
+        Raises ValueError for lengths of another kind.
         """
         if key_length.dim() != 1 or key_length.is_floating_point():
             raise ValueError(f"key_length must be an integer tensor [batch], got {tuple(key_length.shape)}")
@@ -113,6 +127,8 @@ class TokenLayout:
                 the last one reads), -1 for padding, which may stand anywhere.
             num_segments: of every row, integer `[batch]` or one for all; default the highest number plus one. A row
                 with one segment is plain causal.
+
+        Raises ValueError for segments of another kind.
         """
         if segments.dim() != 2 or segments.is_floating_point() or segments.dtype == torch.bool:
             raise ValueError(

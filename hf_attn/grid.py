@@ -100,11 +100,11 @@ class Permutation:
             return cls(forward, inverse, bool((forward == positions).all()))
 
     def apply(self, x: Tensor, dim: int = -2) -> Tensor:
-        """Tokens of `x` along `dim` in the new order; `x` itself when nothing moves. Differentiable."""
+        """Tokens of x `[..., N, D]` (along `dim`) in the new order; x itself when nothing moves. Differentiable."""
         return x if self.is_identity else x.index_select(dim, self._on(x.device)[0])
 
     def undo(self, x: Tensor, dim: int = -2) -> Tensor:
-        """The inverse of `apply`."""
+        """The inverse of `apply`, of x `[..., N, D]`."""
         return x if self.is_identity else x.index_select(dim, self._on(x.device)[1])
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ def axis_permutation(grid: TokenGrid, order: int | str, *, text: str = "keep") -
     if isinstance(order, int) and not isinstance(order, bool) and 0 <= order < len(AXIS_ORDERS):
         order = AXIS_ORDERS[order]
     require_one_of("order", order, AXIS_ORDERS)
-    index = torch.arange(grid.tokens).view(grid.shape).permute(["FHW".index(axis) for axis in order])
+    index = torch.arange(grid.tokens).view(grid.shape).permute(["FHW".index(axis) for axis in str(order)])
     return _with_text(grid, index.reshape(-1), text)
 
 
@@ -208,7 +208,8 @@ def partition(grid: TokenGrid, block: Block) -> Partition:
                 f"block {block} does not divide the grid {'x'.join(map(str, grid.shape))}: {axis} {length} % {size} = "
                 f"{length % size}; sizes that divide {axis}: {', '.join(map(str, divisors(length)))}"
             )
-    counts = tuple(length // size for length, size in zip(grid.shape, sizes, strict=True))
+    frames, height, width = (length // size for length, size in zip(grid.shape, sizes, strict=True))
+    counts = (frames, height, width)
     split = [part for pair in zip(counts, sizes, strict=True) for part in pair]
     index = torch.arange(grid.tokens).view(split).permute(0, 2, 4, 1, 3, 5)
     return Partition(Permutation.of(index.reshape(-1)), block, math.prod(sizes), counts, grid.tokens)
@@ -282,16 +283,18 @@ def _walk(cells: list[Vector], p: Vector, axis: Vector) -> None:
 
 
 def _unit(v: Vector) -> Vector:
-    return tuple((x > 0) - (x < 0) for x in v)
+    f, h, w = ((x > 0) - (x < 0) for x in v)
+    return f, h, w
 
 
 def _half(v: Vector, unit: Vector, length: int) -> Vector:
-    half = tuple(x // 2 for x in v)
+    half = (v[0] // 2, v[1] // 2, v[2] // 2)
     return _add(half, unit) if abs(sum(half)) % 2 and length > 2 else half
 
 
 def _add(*vectors: Vector) -> Vector:
-    return tuple(map(sum, zip(*vectors, strict=True)))
+    f, h, w = map(sum, zip(*vectors, strict=True))
+    return f, h, w
 
 
 def _sub(v: Vector, u: Vector) -> Vector:
@@ -355,8 +358,9 @@ def suggest_blocks(
             f"{dims}D blocks that divide {'x'.join(map(str, grid.shape))} give {count} blocks at best, {target} are "
             f"wanted: 1D blocks of {partition(grid, blocks[-1]).block_tokens} tokens instead"
         )
+    one, two, three = blocks
     counts = tuple(partition(grid, block).num_blocks for block in blocks)
-    return BlockSuggestion(tuple(blocks), counts, tuple(notes))
+    return BlockSuggestion((one, two, three), (counts[0], counts[1], counts[2]), tuple(notes))
 
 
 def divisors(n: int) -> list[int]:
@@ -366,17 +370,17 @@ def divisors(n: int) -> list[int]:
 
 
 def _best_divisors(grid: TokenGrid, dims: int, target: int) -> Block:
-    options = [(s,) for s in divisors(grid.frames)] if dims == 3 else [()]
-    best = None
+    options: list[tuple[int, ...]] = [(s,) for s in divisors(grid.frames)] if dims == 3 else [()]
+    found: list[tuple[float, tuple[int, ...]]] = []
     for rest in options:
         for s_h in divisors(grid.height):
             for s_w in divisors(grid.width):
                 sizes = (*rest, s_h, s_w)
                 count = grid.tokens // math.prod(sizes) // (grid.frames if dims == 2 else 1)
                 thinness = math.log(max(sizes) / min(sizes))
-                key = (round(abs(math.log(count / target)) + 0.15 * thinness, 9), sizes)
-                best = min(best, (key, sizes)) if best else (key, sizes)
-    return best[1]
+                found.append((round(abs(math.log(count / target)) + 0.15 * thinness, 9), sizes))
+    best = min(found)[1]
+    return (best[0], best[1]) if dims == 2 else (best[0], best[1], best[2])
 
 
 def _frames_per_block(grid: TokenGrid, target: int) -> int | float:

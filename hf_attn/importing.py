@@ -39,5 +39,5 @@ class _WhenImported(importlib.abc.MetaPathFinder):
                 sys.meta_path.remove(self)
             self._tell(sys.modules.get(fullname, module))  # a package may put another module in its place
 
-        spec.loader.exec_module = run_and_tell
+        setattr(spec.loader, "exec_module", run_and_tell)  # noqa: B010  (this one loader, not its class)
         return spec

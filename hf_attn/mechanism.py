@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -51,7 +51,7 @@ class MechanismConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
 
     @classmethod
-    def from_dict(cls, options: dict[str, Any]) -> MechanismConfig:
+    def from_dict(cls, options: dict[str, Any]) -> Self:
         """Build and check; an unknown option raises ValueError with the valid ones."""
         options = {cls.aliases.get(name, name): value for name, value in options.items()}
         valid = [f.name for f in fields(cls)]
@@ -66,7 +66,7 @@ class MechanismConfig:
         """JSON-ready options; `from_dict` restores an equal object."""
         return asdict(self)
 
-    def for_layer(self, index: int | None, count: int | None) -> MechanismConfig | None:
+    def for_layer(self, index: int | None, count: int | None) -> Self | None:
         """The options of one layer, `None` when it is to stay dense.
 
         Raises ValueError when `layers` names layers but the host does not tell this layer's number.

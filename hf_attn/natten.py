@@ -121,10 +121,11 @@ def attention(
         )
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if return_lse:
-        size = {"block_q": 64, "block_k": 64, "q_len": query.shape[2], "k_len": key.shape[2]}
-        pattern = BlockPattern.full(**size)
-        found = ops.block_sparse_attention(query, key, value, pattern, causal=is_causal, scale=scale, return_lse=True)
-        return tuple(x.transpose(1, 2) for x in found)
+        pattern = BlockPattern.full(block_q=64, block_k=64, q_len=query.shape[2], k_len=key.shape[2])
+        out, lse = ops.block_sparse_attention(
+            query, key, value, pattern, causal=is_causal, scale=scale, return_lse=True
+        )
+        return out.transpose(1, 2), lse.transpose(1, 2)
     gqa = query.shape[1] != key.shape[1]
     out = nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=scale, enable_gqa=gqa
@@ -135,7 +136,10 @@ def attention(
 def merge_attentions(
     outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor], torch_compile: bool = False, **tuning: Any
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over the keys of several attentions; see `ops.merge_attentions`. `torch_compile` does nothing."""
+    """One softmax over the keys of several attentions; see `ops.merge_attentions`. `torch_compile` does nothing.
+
+    Outputs are `[..., D]`, lse `[...]`.
+    """
     return ops.merge_attentions(outputs, lse_tensors)
 
 
@@ -263,47 +267,78 @@ def na3d_av(attn: Tensor, value: Tensor, kernel_size: Sizes, dilation: Sizes = 1
 
 
 def natten1dqkrpb(query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int = 1) -> Tensor:
-    """`na1d_qk` with a bias by relative position."""
+    """`na1d_qk` with a bias by relative position.
+
+    Heads first, as before 0.20: `[B, heads, N, D]` -> `[B, heads, N, K]`, K the slots of a window; rpb as in
+    `na1d_qk`.
+    """
     return _qk(1, query, key, kernel_size, dilation, False, rpb)
 
 
 def natten2dqkrpb(query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: Sizes, dilation: Sizes = 1) -> Tensor:
-    """`na2d_qk` with a bias by relative position."""
+    """`na2d_qk` with a bias by relative position.
+
+    Heads first, as before 0.20: `[B, heads, H, W, D]` -> `[B, heads, H, W, K]`, K the slots of a window; rpb
+    as in `na2d_qk`.
+    """
     return _qk(2, query, key, kernel_size, dilation, False, rpb)
 
 
 def natten3dqkrpb(query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: Sizes, dilation: Sizes = 1) -> Tensor:
-    """`na3d_qk` with a bias by relative position."""
+    """`na3d_qk` with a bias by relative position.
+
+    Heads first, as before 0.20: `[B, heads, F, H, W, D]` -> `[B, heads, F, H, W, K]`, K the slots of a window; rpb
+    `[heads, 2 K - 1, ...]`.
+    """
     return _qk(3, query, key, kernel_size, dilation, False, rpb)
 
 
 def natten1dqk(query: Tensor, key: Tensor, kernel_size: int, dilation: int = 1) -> Tensor:
-    """`na1d_qk`."""
+    """`na1d_qk`.
+
+    Heads first, as before 0.20: `[B, heads, N, D]` -> `[B, heads, N, K]`, K the slots of a window.
+    """
     return _qk(1, query, key, kernel_size, dilation, False, None)
 
 
 def natten2dqk(query: Tensor, key: Tensor, kernel_size: Sizes, dilation: Sizes = 1) -> Tensor:
-    """`na2d_qk`."""
+    """`na2d_qk`.
+
+    Heads first, as before 0.20: `[B, heads, H, W, D]` -> `[B, heads, H, W, K]`, K the slots of a window.
+    """
     return _qk(2, query, key, kernel_size, dilation, False, None)
 
 
 def natten3dqk(query: Tensor, key: Tensor, kernel_size: Sizes, dilation: Sizes = 1) -> Tensor:
-    """`na3d_qk`."""
+    """`na3d_qk`.
+
+    Heads first, as before 0.20: `[B, heads, F, H, W, D]` -> `[B, heads, F, H, W, K]`, K the slots of a window.
+    """
     return _qk(3, query, key, kernel_size, dilation, False, None)
 
 
 def natten1dav(attn: Tensor, value: Tensor, kernel_size: int, dilation: int = 1) -> Tensor:
-    """`na1d_av`."""
+    """`na1d_av`.
+
+    Heads first, as before 0.20: `[B, heads, N, K]` weights, values `[B, heads, N, D]` -> `[B, heads, N, D]`.
+    """
     return _av(1, attn, value, kernel_size, dilation, False)
 
 
 def natten2dav(attn: Tensor, value: Tensor, kernel_size: Sizes, dilation: Sizes = 1) -> Tensor:
-    """`na2d_av`."""
+    """`na2d_av`.
+
+    Heads first, as before 0.20: `[B, heads, H, W, K]` weights, values `[B, heads, H, W, D]` -> `[B, heads, H, W, D]`.
+    """
     return _av(2, attn, value, kernel_size, dilation, False)
 
 
 def natten3dav(attn: Tensor, value: Tensor, kernel_size: Sizes, dilation: Sizes = 1) -> Tensor:
-    """`na3d_av`."""
+    """`na3d_av`.
+
+    Heads first, as before 0.20: `[B, heads, F, H, W, K]` weights, values `[B, heads, F, H, W, D]` -> `[B, heads, F, H,
+    W, D]`.
+    """
     return _av(3, attn, value, kernel_size, dilation, False)
 
 
@@ -317,11 +352,12 @@ def _fused(
     _check_tuning(tuning)
     _check_rank(f"na{rank}d", query, rank, "[B, *space, heads, D]")
     kernel_size, stride, dilation, is_causal = window
-    return ops.neighborhood_attention(
+    out, lse = ops.neighborhood_attention(
         query, key, value, kernel_size=kernel_size, stride=stride, dilation=dilation,
         is_causal=False if is_causal is None else is_causal, scale=scale, additional_keys=more_keys,
-        additional_values=more_values, rpb=rpb, return_lse=return_lse,
+        additional_values=more_values, rpb=rpb, return_lse=True,
     )  # fmt: skip
+    return (out, lse) if return_lse else out
 
 
 def _qk(

@@ -35,7 +35,10 @@ class BlockPattern:
 
     @classmethod
     def from_dense(cls, mask: Tensor, *, block_q: int, block_k: int, q_len: int, k_len: int) -> BlockPattern:
-        """From a block mask, bool `[B | 1, Hq | Hkv | 1, ceil(q_len / block_q), ceil(k_len / block_k)]`."""
+        """From a block mask, bool `[B | 1, Hq | Hkv | 1, ceil(q_len / block_q), ceil(k_len / block_k)]`.
+
+        Raises ValueError for a mask of another shape or dtype.
+        """
         num_q, num_k = _check_sizes(block_q, block_k, q_len, k_len)
         if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[2:] != (num_q, num_k):
             raise ValueError(
@@ -52,7 +55,10 @@ class BlockPattern:
 
     @classmethod
     def from_indices(cls, indices: Tensor, *, block_q: int, block_k: int, q_len: int, k_len: int) -> BlockPattern:
-        """From lists of key blocks, int `[B | 1, Hq | Hkv | 1, ceil(q_len / block_q), M]`, -1 padded, any order."""
+        """From lists of key blocks, int `[B | 1, Hq | Hkv | 1, ceil(q_len / block_q), M]`, -1 padded, any order.
+
+        Raises ValueError for lists of another shape or dtype, and blocks that do not exist.
+        """
         num_q, num_k = _check_sizes(block_q, block_k, q_len, k_len)
         if indices.dim() != 4 or indices.shape[2] != num_q or indices.is_floating_point() or indices.shape[3] == 0:
             raise ValueError(
@@ -186,7 +192,7 @@ class BlockPattern:
             return NotImplemented
         return self._geometry() == other._geometry() and torch.equal(self.to_dense(), other.to_dense())
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # the way Python spells an unhashable class
 
     def _combine(self, other: BlockPattern, operation) -> BlockPattern:
         if not isinstance(other, BlockPattern):

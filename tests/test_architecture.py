@@ -127,6 +127,15 @@ def test_every_kernel_is_in_the_wheel():
     assert len(included) == len(list((ROOT / "kernels").glob("*/build.toml"))) > 0
 
 
+def test_files_are_as_long_as_their_one_idea():
+    """At most 400 lines, or a reason in the first ones ("Long because ...")."""
+    folders = ("hf_attn", "kernels", "tests", "recipes", "examples")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        lines = path.read_text().splitlines()
+        said = any("Long because" in line for line in lines[:8])
+        assert len(lines) <= 400 or said, f"{path.relative_to(ROOT)} has {len(lines)} lines: split it, or say why not"
+
+
 def run_python(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}

@@ -9,23 +9,44 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_attn
+from hf_attn.models import pushing
+from tests.integrations.diffusers.tiny import build
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+SMALL_VIDEO = '"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2'
 
 
 def test_snippets(tiny_model, tmp_path, monkeypatch):
-    """All Python blocks in one namespace; the Hub id becomes a local folder."""
+    """All Python blocks in one namespace; Hub ids become local folders, the video a small one, the upload is noted."""
     monkeypatch.chdir(tmp_path)
+    pushed = []
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda model, repo, **options: pushed.append(repo))
+    monkeypatch.setattr(pushing, "push_card", lambda save, repo, options: pushed.append(f"card of {repo}"))
+    build("wan").target.save_pretrained(tmp_path / "wan")
+    small = {
+        REPO: tiny_model,
+        WAN: str(tmp_path / "wan"),
+        '"height": 480, "width": 832, "num_frames": 81': SMALL_VIDEO,
+    }
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(snippets) >= 4 and REPO in snippets[0]
+    assert len(snippets) == 3
     namespace = {}
     for number, snippet in enumerate(snippets):
-        exec(compile(snippet.replace(REPO, tiny_model), f"README snippet {number}", "exec"), namespace)
-    assert (tmp_path / "my-model" / "config.json").is_file()
+        for original, replacement in small.items():
+            assert sum(original in text for text in snippets) == 1, original
+            snippet = snippet.replace(original, replacement)
+        exec(compile(snippet, f"README snippet {number}", "exec"), namespace)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "my-model")
+    assert again.config._attn_implementation == "hf_attn_streaming"
+    assert (tmp_path / "psa.png").is_file() and len(namespace["frames"]) == 9
+    assert type(namespace["moba"]).__name__ == "MobaLlamaForCausalLM"
+    assert pushed == ["card of me/SmolLM2-135M-moba", "me/SmolLM2-135M-moba"]
 
 
 def test_every_mechanism_is_in_the_table_and_has_a_page():
@@ -73,3 +94,25 @@ def test_key_convolution_example(tiny_model, tmp_path):
     assert "by the new weights: 0.0e+00" in done.stdout and "MobaLlamaForCausalLM" in done.stdout
     losses = [float(value) for value in re.findall(r"loss ([0-9.]+)", done.stdout)]
     assert losses[2] < losses[0]
+
+
+def test_moh_example(tiny_model, tmp_path):
+    command = [sys.executable, str(ROOT / "examples/moh_generate.py"), "--model", tiny_model, "--output", "moh"]
+    done = subprocess.run(
+        [*command, "--shared-heads", "1", "--top-k", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "50 % of the heads a token" in done.stdout and "MoHLlamaForCausalLM" in done.stdout
+
+
+@pytest.mark.parametrize("folder, files", [("examples", "*.py"), ("recipes", "*/train.py")])
+def test_every_script_is_run_by_a_test(folder, files):
+    """By name: what no test mentions is what a user would be the first to run."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for script in (ROOT / folder).glob(files):
+        name = script.parent.name if folder == "recipes" else script.stem
+        assert re.search(rf"\b{name}\b", tests), f"no test runs {script.relative_to(ROOT)}"

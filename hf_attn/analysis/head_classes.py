@@ -71,7 +71,10 @@ class OutsideMass:
         return ((key >= self.sink) & (key <= own - self.local))[None, None]
 
     def mean(self, layers: int) -> Tensor:
-        """Mean mass, fp32 `[layers, Hkv]` in [0, 1]; NaN for layers that were never seen."""
+        """Mean mass, fp32 `[layers, Hkv]` in [0, 1]; NaN for layers that were never seen.
+
+        Raises ValueError when layers differ in their number of KV heads.
+        """
         widths = {tuple(total.shape) for total in self._sums.values()}
         if len(widths) > 1:
             raise ValueError(f"layers differ in their number of KV heads ({sorted(w[0] for w in widths)})")

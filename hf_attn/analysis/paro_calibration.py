@@ -88,7 +88,7 @@ class Settings:
 
     def groups(self, steps: int) -> list[int]:
         """The mask set of each of `steps` steps."""
-        if self.mask_groups == "half_shared":
+        if isinstance(self.mask_groups, str):  # "half_shared"
             return [min(step, steps // 2) for step in range(steps)]
         count = min(self.mask_groups, steps)
         return [step * count // steps for step in range(steps)]
@@ -222,12 +222,13 @@ class _Maps:
         return dense_attention(call)
 
     def _measure(self, call: AttentionCall, step: int) -> None:
-        layer, grid, options = call.layer.number, call.tokens.grid, self.options
+        layer, grid, options = call.layer.number, call.tokens.known_grid(), self.options
         self._note_shape(layer, call)
         group = (options.groups(self.steps) if self.steps else _ONE_STEP)[step if self.steps else 0]
         orders = distinct_orders(grid)
         self.sample += 1
-        shared = {"scale": call.scale, "block_size": options.block_size, "real": call.tokens.real_keys()}
+        shared: dict[str, Any] = {"scale": call.scale, "block_size": options.block_size}
+        shared["real"] = call.tokens.real_keys()
         seed = (options.seed * 1_000_003 + self.run * 10_007 + step) * 1_009 + self.sample
         mass = block_mass(call.query, call.key, grid, orders=orders, row_sample=options.row_sample, seed=seed, **shared)
         if self.shapes[layer].after < 0:
@@ -245,8 +246,8 @@ class _Maps:
             self.mass[key] = mass
         self.counts[key] = self.counts.get(key, 0) + 1
         if options.order_rule == "paper":
-            rule = {"epsilon": options.epsilon, "sigma": options.sigma}
-            scores = torch.stack(order_scores(call.query, call.key, grid, **rule, **shared)).float().cpu()
+            found = order_scores(call.query, call.key, grid, epsilon=options.epsilon, sigma=options.sigma, **shared)
+            scores = torch.stack(found).float().cpu()
             self.scores[layer] = self.scores.get(layer, 0) + torch.cat([scores, torch.ones_like(scores[:1])])
 
     def _note_shape(self, layer: int, call: AttentionCall) -> None:
@@ -327,8 +328,8 @@ class _Maps:
         kept: dict[int, Tensor] = {}
         if options.scope == "model" and len({mass.shape[1:] for mass in maps.values()}) == 1:
             sizes = [len(mass) for mass in maps.values()]
-            joined = [torch.cat(list(x.values())) for x in (maps, forced)]
-            together = keep_blocks(*joined, options.density, budget=options.budget)
+            every, always = (torch.cat(list(x.values())) for x in (maps, forced))
+            together = keep_blocks(every, always, options.density, budget=options.budget)
             kept = dict(zip(maps, together.split(sizes), strict=True))
         else:
             for layer, mass in maps.items():

@@ -18,7 +18,10 @@ def rank_of(scores: Sequence[float], answer: int) -> int:
 
 
 def measures(ranks: Sequence[int]) -> dict[str, float]:
-    """P@1, MRR@10 and nDCG@10 of queries whose one relevant document stands at these places (from 1)."""
+    """P@1, MRR@10 and nDCG@10 of queries whose one relevant document stands at these places (from 1).
+
+    Raises ValueError without ranks.
+    """
     if not ranks:
         raise ValueError("ranks is empty: there is nothing to measure")
     count = len(ranks)
@@ -38,6 +41,8 @@ def bootstrap_p(better: Sequence[float], worse: Sequence[float], draws: int = 10
     """One-sided paired bootstrap: share of resampled query sets on which `better` is not above `worse`.
 
     Never 0: with no such draw 1 / (draws + 1).
+
+    Raises ValueError unless both hold as many values, at least one.
     """
     if len(better) != len(worse) or not better:
         raise ValueError(f"paired values are needed, got {len(better)} and {len(worse)}")

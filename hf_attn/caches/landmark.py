@@ -35,7 +35,11 @@ class LandmarkStore(LayerStore):
         self.blocks: list[int] = []
         self.open_lengths: list[int] = []
         self.dropped: list[int] = []
-        self._keys = self._values = self._landmarks = self._open_key = self._open_value = None
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._landmarks: Tensor | None = None
+        self._open_key: Tensor | None = None
+        self._open_value: Tensor | None = None
         self._held: tuple[Tensor, Tensor, Any, Any] | None = None
         self.fetched_bytes = 0
 
@@ -61,7 +65,10 @@ class LandmarkStore(LayerStore):
                 )
 
     def dense(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Not possible: keys have no fixed position here."""
+        """Not possible: keys have no fixed position here.
+
+        Raises ValueError for every `[B, H, n, D]` and `[B, H, n, Dv]`.
+        """
         raise ValueError("a landmark cache is read by landmark layers alone; use a DynamicCache for other attention")
 
     @outliving
@@ -82,8 +89,10 @@ class LandmarkStore(LayerStore):
         lengths = [old + new for old, new in zip(opened, chunk.counts, strict=True)]
         if chunk.even and len(set(opened)) == 1:
             before = opened[0]
-            pairs = ((self._open_key, key), (self._open_value, value))
-            return *(torch.cat([old[:, :, :before], new], 2) if before else new for old, new in pairs), lengths
+            if before:
+                key = torch.cat([self._open_key[:, :, :before], key], 2)
+                value = torch.cat([self._open_value[:, :, :before], value], 2)
+            return key, value, lengths
         width = max(lengths)
         parts = []
         for old, new in ((self._open_key, key), (self._open_value, value)):
@@ -92,7 +101,7 @@ class LandmarkStore(LayerStore):
                 part[row, :, :before] = old[row, :, :before]
                 part[row, :, before : before + count] = new[row, :, chunk.width - count :]
             parts.append(part)
-        return *parts, lengths
+        return parts[0], parts[1], lengths
 
     @outliving
     def commit(self) -> None:
@@ -125,7 +134,7 @@ class LandmarkStore(LayerStore):
         heads = torch.arange(ids.shape[1], device=place)[:, None, None] // group
         # Whole blocks by one number each, as rows of a matrix: several times faster than by row, head and block.
         flat = (torch.where(valid, ids, 0).to(place) + (rows * self.heads + heads) * room).flatten()
-        found = tuple(
+        keys, values = (
             tensor.flatten(0, 2)
             .flatten(1)
             .index_select(0, flat)
@@ -133,14 +142,17 @@ class LandmarkStore(LayerStore):
             .to(device, non_blocking=True)
             for tensor in (self._keys, self._values)
         )
-        self.fetched_bytes = max(self.fetched_bytes, sum(x.numel() * x.element_size() for x in found))
+        self.fetched_bytes = max(self.fetched_bytes, sum(x.numel() * x.element_size() for x in (keys, values)))
         if not bool(valid.all()):
-            for tensor in found:
+            for tensor in (keys, values):
                 tensor.masked_fill_(~valid[..., None, None], 0)
-        return found
+        return keys, values
 
     def crop(self, count: int) -> None:
-        """Not possible beyond the open block, whose tokens have landmarks that hosts do not count."""
+        """Not possible beyond the open block, whose tokens have landmarks that hosts do not count.
+
+        Raises ValueError for more tokens than that.
+        """
         raise ValueError(
             "a landmark cache cannot forget single tokens (assisted and prompt-lookup decoding ask for it); use greedy "
             "search, sampling or beams"
@@ -148,7 +160,10 @@ class LandmarkStore(LayerStore):
 
     @outliving
     def select_rows(self, rows: Tensor) -> None:
-        """Keep these batch rows, in this order; a row may repeat."""
+        """Keep these batch rows, in this order; a row may repeat.
+
+        rows: int64 `[rows]`.
+        """
         if self.batch is None:
             return
         order = rows.tolist()

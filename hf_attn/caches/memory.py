@@ -41,6 +41,7 @@ class MemoryState(RecurrentState):
         self.counts = {name: n for name, n in carried.items() if isinstance(n, int)}
 
     def reset(self) -> None:
+        """Forget states and counts."""
         super().reset()
         self.counts = {}
 
@@ -50,7 +51,10 @@ class MemoryState(RecurrentState):
         return tensors | {name: torch.tensor(n) for name, n in self.counts.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of `state_dict`; ValueError for sums in half precision."""
+        """The reverse of `state_dict`; ValueError for sums in half precision.
+
+        States have the batch first, `[B, ...]`.
+        """
         for name, tensor in tensors.items():
             if name.startswith(_SUMS) and tensor.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"state {name!r} must be float32 or float64, got {tensor.dtype}: sums in it drift")

@@ -41,7 +41,10 @@ class KVFormat:
         return Pages(pack_int4(codes) if self.bits == 4 else codes, scales, zeros, self.bits)
 
     def allocate(self, shape: tuple[int, int, int, int, int], like: Tensor, scale: Tensor | None = None) -> Pages:
-        """Zeroed storage of `shape` = (B, H, pages, P, D) in this format, on the device of `like`."""
+        """Zeroed storage of `shape` = (B, H, pages, P, D) in this format, on the device of `like`.
+
+        scale: fp32 `[]` of "int8-per-tensor", None in other formats.
+        """
         batch, heads, pages, size, dim = shape
         device = like.device
         if self.name is None:

@@ -96,7 +96,10 @@ class SelectedTokens:
 
     @outliving
     def select_rows(self, rows: Tensor) -> None:
-        """Keep these batch rows, in this order; a row may repeat."""
+        """Keep these batch rows, in this order; a row may repeat.
+
+        rows: int64 `[rows]`.
+        """
         for name in ("key", "value", "places", "lengths"):
             held = getattr(self, name)
             if held is not None:

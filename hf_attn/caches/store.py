@@ -48,7 +48,10 @@ class LayerStore(ABC):
 
     @abstractmethod
     def select_rows(self, rows: Tensor) -> None:
-        """Keep these batch rows, in this order; a row may repeat."""
+        """Keep these batch rows, in this order; a row may repeat.
+
+        rows: int64 `[rows]`.
+        """
 
     @abstractmethod
     def reset(self) -> None:

@@ -28,12 +28,10 @@ from hf_attn.bench.timing import machine_load
 from hf_attn.cli.common import console, one_clear_line, parse_integers, progress_line
 from hf_attn.cli.decode_tables import LSERVE, decode_notes, decode_table, head_options
 
+STREAMING = {"num_sinks": 4, "window": 896, "block_size": 128}
 # min_seq_len=0: the table shows what the mechanism does, also at lengths where it would rather stay dense.
-MECHANISMS: dict[str, dict[str, Any] | None] = {
-    "sdpa": None,
-    "hf_attn_streaming": {"num_sinks": 4, "window": 896, "block_size": 128},
-    "hf_attn_moba": {"block_size": 128, "top_k": 8, "decode": "full", "min_seq_len": 0},
-}
+MOBA: dict[str, Any] = {"block_size": 128, "top_k": 8, "decode": "full", "min_seq_len": 0}
+MECHANISMS: dict[str, dict[str, Any] | None] = {"sdpa": None, "hf_attn_streaming": STREAMING, "hf_attn_moba": MOBA}
 NOISY = 0.20
 # Rounds of the decode table, and tokens that tell which heads stream: few, so that the demo stays short.
 DECODE_ROUNDS, CALIBRATION_TOKENS = 4, 2048
@@ -197,15 +195,14 @@ def results_table(rows: list[Row]) -> Table:
 
 def print_notes(rows: list[Row]) -> None:
     """What the table means, and what it does not."""
-    moba, streaming = MECHANISMS["hf_attn_moba"], MECHANISMS["hf_attn_streaming"]
     console.print(f"question: {QUESTION}")
     console.print(
         "speed-up: dense prefill over this one, whole model, median of interleaved repeats. density: (query, key) "
         "pairs computed over causal pairs. mass: share of dense attention on the keys that are read (256 rows a layer)."
     )
     console.print(
-        f"moba: block_size={moba['block_size']}, top_k={moba['top_k']}, decode={moba['decode']!r} (the tokens of the "
-        f"answer attend to everything). streaming: {streaming['num_sinks']} sinks, window {streaming['window']}, "
+        f"moba: block_size={MOBA['block_size']}, top_k={MOBA['top_k']}, decode={MOBA['decode']!r} (the tokens of the "
+        f"answer attend to everything). streaming: {STREAMING['num_sinks']} sinks, window {STREAMING['window']}, "
         "decode too."
     )
     if any(row.noisy for row in rows):

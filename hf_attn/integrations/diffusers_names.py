@@ -31,7 +31,7 @@ def _add_library(module: ModuleType) -> None:
 
 
 def _add_pipelines(module: ModuleType) -> None:
-    base = type(module)
+    base: Any = type(module)
     if getattr(base, "hf_attn_names", False):
         return
 

@@ -121,7 +121,7 @@ def attend_chunk(
     options: Retrieval,
     *,
     scale: float,
-) -> tuple[Tensor, dict[str, int]]:
+) -> tuple[Tensor, dict[str, float | Tensor]]:
     """Attention of a chunk to `top_k` cached blocks, the open block and itself; the chunk waits in `store`.
 
     Args:
@@ -135,13 +135,13 @@ def attend_chunk(
     store.hold(key, value, chunk, rotary)
     if _is_step(store, chunk, options):
         out = _step(query, key, value, store, chunk, rotary, options, scale)
-        return out, _counts(query.shape[1], chunk, store.blocks, options.top_k, options)
+        return out, _counts(query.shape[1], chunk, store.blocks, options.top_k)
     place = chunk.once(store, "place", lambda: chunk.columns(store.open_lengths))
     out, lse = _local(query, key, value, store, chunk, place, rotary, options.block_size, scale)
     blocks = store.blocks
     most = max(blocks, default=0)
     if most == 0 or options.selection == "none":
-        return out, _counts(query.shape[1], chunk, blocks, 0, options)
+        return out, _counts(query.shape[1], chunk, blocks, 0)
     taken = [min(options.top_k, number) for number in blocks]
 
     def tables() -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def attend_chunk(
     if options.keep is not None:
         options.keep(ids.expand(-1, query.shape[1], query.shape[2], -1))
     out = _retrieved(out, lse, turned, ids, store, chunk, options.block_size, scale)
-    return out, _counts(query.shape[1], chunk, blocks, options.top_k, options)
+    return out, _counts(query.shape[1], chunk, blocks, options.top_k)
 
 
 def _is_step(store: Any, chunk: Chunk, options: Retrieval) -> bool:
@@ -207,8 +207,8 @@ def _step(
     distance = slots - (ids >= old).long()
     queries = turned.gather(2, distance.view(*query.shape[:2], taken, 1).expand(-1, -1, -1, query.shape[3]))
     valid = chunk.once(store, "valid", lambda: torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device))
-    fetched = store.fetch(ids, valid)
-    return _merge(out, lse, queries[:, :, None], *fetched, valid, scale)
+    keys, values = store.fetch(ids, valid)
+    return _merge(out, lse, queries[:, :, None], keys, values, valid, scale)
 
 
 def select_blocks(
@@ -378,11 +378,11 @@ def _grouped(query: Tensor, key: Tensor) -> Tensor:
     return rows.view(batch, heads, width, -1)
 
 
-def _counts(heads: int, chunk: Chunk, blocks: list[int], top_k: int, options: Retrieval) -> dict[str, int]:
+def _counts(heads: int, chunk: Chunk, blocks: list[int], top_k: int) -> dict[str, float | Tensor]:
     pairs = list(zip(chunk.counts, blocks, strict=True))
     cached = heads * sum(count * number for count, number in pairs)
     read = heads * sum(count * min(top_k, number) for count, number in pairs)
-    found = {"blocks_read": read, "blocks_cached": cached}
+    found: dict[str, float | Tensor] = {"blocks_read": read, "blocks_cached": cached}
     # One token, or a token and the landmark behind it.
     single = [(min(count, 1), number) for count, number in pairs if count <= 2]
     if len(single) == len(pairs):

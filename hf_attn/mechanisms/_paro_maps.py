@@ -80,9 +80,9 @@ def block_mass(
                         moved = torch.nn.functional.pad(moved, (0, 0, 0, padding))
                     summed = moved.unflatten(0, (blocks, block_size)).sum(1)
                     total[number].index_add_(0, row_block[number][part], summed.mT)
-            for number, count in enumerate(counts):
-                found = total[number] / count.clamp(min=1)[:, None]
-                empty = count == 0
+            for number, sizes in enumerate(counts):
+                found = total[number] / sizes.clamp(min=1)[:, None]
+                empty = sizes == 0
                 if bool(empty.any()):
                     found[empty] = found[~empty].mean(0)
                 mass[number, h] += found / batch

@@ -84,7 +84,10 @@ class BlockRankConfig(MechanismConfig):
 
 
 def attend(call: AttentionCall, config: BlockRankConfig) -> Tensor:
-    """`[B, Hq, Nq, Dv]` (blockrank.md 2.3). Behind a cache the new tokens belong to the query and see everything."""
+    """`[B, Hq, Nq, Dv]` (blockrank.md 2.3). Behind a cache the new tokens belong to the query and see everything.
+
+    Raises ValueError for a call without the documents of its prompt.
+    """
     if call.tokens.roles is None:
         raise ValueError(
             "blockrank needs to know the documents of the prompt, but this call has an ordinary mask or none. Rank "

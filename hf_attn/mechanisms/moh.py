@@ -53,8 +53,9 @@ def attend(call: AttentionCall, config: MoHConfig) -> Tensor:
     if call.tokens.dense is not None or call.tokens.window is not None:
         return dense_attention(call).masked_fill(~heads[..., None], 0)
     tokens = None if call.tokens.is_plain else call.tokens
-    options = {"causal": call.causal, "scale": call.scale, "tokens": tokens}
-    return head_routed_attention(call.query, call.key, call.value, heads, **options)
+    return head_routed_attention(
+        call.query, call.key, call.value, heads, causal=call.causal, scale=call.scale, tokens=tokens
+    )
 
 
 def _record(call: AttentionCall, heads: Tensor, path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -49,7 +50,7 @@ class NeighborhoodConfig(DiffusionConfig):
     kernel_size: Sizes | None = None
     stride: Sizes = 1
     dilation: Sizes = 1
-    grid: Sizes | None = None
+    grid: list[int] | tuple[int, ...] | None = None
     prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +86,7 @@ class Windows:
     dilation: tuple[int, ...]
 
     @property
-    def options(self) -> dict[str, tuple[int, ...]]:
+    def options(self) -> dict[str, Any]:
         return {"kernel_size": self.kernel, "stride": self.stride, "dilation": self.dilation}
 
 
@@ -99,8 +100,10 @@ def attend(call: AttentionCall, config: NeighborhoodConfig) -> Tensor:
     real = call.tokens.real_keys()
     if call.layer.recording:
         call.layer.record(path="sparse", **_pairs(call, grid, windows, real))
-    query, key, value = (x[:, :, grid.lattice].transpose(1, 2) for x in (call.query, call.key, call.value))
-    extra: dict[str, Tensor | None] = {}
+    query, key, value = (
+        x[:, :, grid.lattice].transpose(1, 2).unflatten(1, windows.space) for x in (call.query, call.key, call.value)
+    )
+    extra: dict[str, Any] = {}
     if grid.text:
         keys, values = (_beside(grid, x, 2).transpose(1, 2) for x in (call.key, call.value))
         extra = {"additional_keys": keys, "additional_values": values}
@@ -108,9 +111,7 @@ def attend(call: AttentionCall, config: NeighborhoodConfig) -> Tensor:
         extra["key_mask"] = real[:, grid.lattice].unflatten(1, windows.space)
         if grid.text:
             extra["additional_key_mask"] = _beside(grid, real, 1)
-    near = neighborhood_attention(
-        *(x.unflatten(1, windows.space) for x in (query, key, value)), scale=call.scale, **windows.options, **extra
-    )
+    near = neighborhood_attention(query, key, value, scale=call.scale, **windows.options, **extra)
     near = near.flatten(1, -3).transpose(1, 2)
     if real is not None:
         near = near.masked_fill(~real[:, None, grid.lattice, None], 0)
@@ -122,13 +123,13 @@ def attend(call: AttentionCall, config: NeighborhoodConfig) -> Tensor:
 
 def windows_of(grid: TokenGrid, config: NeighborhoodConfig) -> Windows:
     """The window on a grid; raises ValueError for dilations that do not fit, and with `strict` for kernels."""
-    kernel = _kernel_for(grid, config) if config.kernel_size is None else _per_axis(config.kernel_size, grid, None)
-    stride, dilation = _per_axis(config.stride, grid, 1), _per_axis(config.dilation, grid, 1)
+    # Sizes of two entries leave the frames of a video whole.
+    wanted = _kernel_for(grid, config) if config.kernel_size is None else _per_axis(config.kernel_size, grid.frames)
+    stride, dilation = _per_axis(config.stride, 1), _per_axis(config.dilation, 1)
     axes = []
-    for axis, length, k, s, d in zip(_AXES, grid.shape, kernel, stride, dilation, strict=True):
+    for axis, length, k, s, d in zip(_AXES, grid.shape, wanted, stride, dilation, strict=True):
         if length == 1:
             continue
-        k = length if k is None else k
         if k * d > length and (config.strict or d > 1):
             raise ValueError(
                 f"kernel_size {k} * dilation {d} = {k * d} exceeds the {length} tokens along {axis} of the grid "
@@ -140,7 +141,8 @@ def windows_of(grid: TokenGrid, config: NeighborhoodConfig) -> Windows:
         if s > k and config.kernel_size is not None and k != length:
             raise ValueError(f"stride along {axis} must be from 1 to kernel_size={k}, got {s}")
         axes.append((length, k, min(s, k), d))
-    return Windows(*(tuple(column) for column in zip(*axes, strict=True)))
+    space, kernel, stride_of, dilation_of = zip(*axes, strict=True)
+    return Windows(space, kernel, stride_of, dilation_of)
 
 
 def attended(call: AttentionCall, config: NeighborhoodConfig, rows: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ def describe(config: NeighborhoodConfig, q_len: int, k_len: int) -> dict[str, An
         return {"density": density, "window": "of the grid's proportions", **facts}
     if config.grid is None:
         return {"density": None, "density follows": "kernel_size and the latent grid", **facts}
-    windows = windows_of(_flat_grid(config), config)
+    windows = windows_of(_flat_grid(config.grid, config.prefix_tokens), config)
     return {"density": math.prod(windows.kernel) / math.prod(windows.space), **facts}
 
 
@@ -184,19 +186,19 @@ def _grid(call: AttentionCall, config: NeighborhoodConfig) -> TokenGrid:
             f"neighborhood needs the grid of the {call.k_len} tokens, which this model does not tell; pass "
             "grid=(height, width), and prefix_tokens= for class tokens and registers"
         )
-    grid = _flat_grid(config) if grid is None else grid
+    grid = _flat_grid(config.grid, config.prefix_tokens) if grid is None else grid
     grid.check_length(call.k_len)
     if max(grid.shape) < 2:
         raise ValueError("neighborhood needs a grid of at least two tokens, got one")
     return grid
 
 
-def _flat_grid(config: NeighborhoodConfig) -> TokenGrid:
-    sizes = [1, *config.grid][-3:]
-    return TokenGrid(*sizes, text_before=config.prefix_tokens)
+def _flat_grid(sizes: Sequence[int], prefix_tokens: int) -> TokenGrid:
+    frames, height, width = [1, *sizes][-3:]
+    return TokenGrid(frames, height, width, text_before=prefix_tokens)
 
 
-def _per_axis(value: Sizes, grid: TokenGrid, whole: int | None) -> list[int | None]:
+def _per_axis(value: Sizes, whole: int) -> list[int]:
     """One entry for frames, height and width; `whole` where two entries leave out the frames of a video."""
     if isinstance(value, int):
         return [value] * 3
@@ -208,7 +210,7 @@ def _kernel_for(grid: TokenGrid, config: NeighborhoodConfig) -> list[int]:
     density = DEFAULT_DENSITY if config.density is None else config.density
     axes = [n for n in grid.shape if n > 1]
     shrink = density ** (1 / len(axes))
-    dilation = _per_axis(config.dilation, grid, 1)
+    dilation = _per_axis(config.dilation, 1)
     return [max(2, min(round(n * shrink), n // d)) for n, d in zip(grid.shape, dilation, strict=True)]
 
 

@@ -75,6 +75,7 @@ class ParoAttentionConfig(DiffusionConfig):
                 f"plan must be a ParoPlan (hf_attn.calibrate, hf_attn.load_plan), got {type(self.plan).__name__}"
             )
         tables = self.tables
+        assert tables is not None  # _use_plan runs with a plan only
         default = {f.name: f.default for f in fields(self)}["block_size"]
         if self.block_size not in (default, tables.block_size):
             raise ValueError(f"block_size is {self.block_size}, but the plan was made with {tables.block_size}")
@@ -114,7 +115,10 @@ def attend(call: AttentionCall, config: ParoAttentionConfig) -> Tensor:
 
 
 def select(call: AttentionCall, config: ParoAttentionConfig) -> BlockPattern:
-    """The kept blocks, in the order of each head; for pictures."""
+    """The kept blocks, in the order of each head; for pictures.
+
+    Raises ValueError for a call that runs dense, with the reason.
+    """
     found, reason = _entry(call, config)
     if found is None:
         raise ValueError(f"this call runs dense: {reason}")
@@ -137,7 +141,7 @@ def measured_layer(
     call: AttentionCall, block_size: int, density: float, *, row_sample: float = 1.0, seed: int = 0
 ) -> tuple[list[int], Tensor]:
     """Axis orders `[H]` and block mask bool `[H, nb, nb]` of one call alone."""
-    grid = call.tokens.grid
+    grid = call.tokens.known_grid()
     orders = distinct_orders(grid)
     with torch.no_grad():
         mass = block_mass(
@@ -203,9 +207,10 @@ def _attention(
     key, value = _spread(key, query), _spread(value, query)
     real = call.tokens.real_keys()
     if config.qk_bits is not None or config.pv_bits is not None:
-        bits = {"qk_bits": config.qk_bits, "pv_bits": config.pv_bits}
-        options = {"scale": call.scale, "key_mask": real, "k_group": 64, "q_group": 32}
-        return quantized_block_attention(query, key, value, found.pattern, **bits, **options)
+        return quantized_block_attention(
+            query, key, value, found.pattern,
+            qk_bits=config.qk_bits, pv_bits=config.pv_bits, scale=call.scale, key_mask=real, k_group=64, q_group=32,
+        )  # fmt: skip
     if real is None:
         return block_sparse_attention(query, key, value, found.pattern, scale=call.scale)
     bias = torch.zeros(real.shape, device=query.device).masked_fill(~real, float("-inf"))[:, None]

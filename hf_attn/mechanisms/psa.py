@@ -134,7 +134,10 @@ class PSAConfig(DiffusionConfig):
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> PSAConfig:
-        """Build and check; `preset` is looked up in `PRESETS`."""
+        """Build and check; `preset` is looked up in `PRESETS`.
+
+        Raises ValueError for unknown options and presets.
+        """
         if "preset" in options:
             name = options["preset"]
             if name not in PRESETS:
@@ -145,6 +148,7 @@ class PSAConfig(DiffusionConfig):
 
     @classmethod
     def preset_for(cls, model_id: str) -> str | None:
+        """Name of the setting published for a model on the Hub, None when there is none."""
         name = model_id.lower()
         return next((preset for part, preset in PRESET_MODELS if part in name and "-i2v" not in name), None)
 
@@ -168,7 +172,10 @@ class PSAConfig(DiffusionConfig):
 
 
 def attend(call: AttentionCall, config: PSAConfig) -> Tensor:
-    """PSA's attention `[B, Hq, Nq, Dv]`: choose a level for every pair of blocks, then one softmax over all pools."""
+    """PSA's attention `[B, Hq, Nq, Dv]`: choose a level for every pair of blocks, then one softmax over all pools.
+
+    Raises ValueError for a schedule in a causal layer, which has no denoising steps.
+    """
     if call.causal and config.schedule is not None:
         raise ValueError("schedule needs denoising steps, but this layer is causal; use density=")
     order = _order(call, config)
@@ -178,7 +185,7 @@ def attend(call: AttentionCall, config: PSAConfig) -> Tensor:
         return dense_attention(call)
     call = _reordered(call, order)
     levels = choose_levels(call, config, order)
-    size = {"block_q": config.block_size, "block_k": config.keys_per_block, "tokens": call.tokens}
+    size: dict[str, Any] = {"block_q": config.block_size, "block_k": config.keys_per_block, "tokens": call.tokens}
     if call.layer.recording:
         computed, visible = pyramid_pairs(levels, causal=call.causal, **size)
         call.layer.record(path="sparse", computed=computed, visible=visible)
@@ -199,7 +206,7 @@ def choose_levels(call: AttentionCall, config: PSAConfig, order: Permutation | N
     """Levels uint8 `[B | sequences, Hq, nq, nk]` of a call whose tokens are in the order in which they are cut."""
     mode, bounds, density = config.rule(call.causal)
     similarity = config.similarity
-    if similarity == "auto":
+    if isinstance(similarity, str):  # "auto"
         similarity = PREFILL_SIMILARITY if call.causal else None
     layer = call.layer
     return select_levels(
@@ -230,7 +237,12 @@ def select(call: AttentionCall, config: PSAConfig) -> BlockPattern:
     """Blocks that are read at any level, in the order in which tokens are cut (along the curve); for pictures."""
     order = _order(call, config)
     levels = choose_levels(_reordered(call, order), config, order)
-    size = {"block_q": config.block_size, "block_k": config.keys_per_block, "q_len": call.q_len, "k_len": call.k_len}
+    size: dict[str, Any] = {
+        "block_q": config.block_size,
+        "block_k": config.keys_per_block,
+        "q_len": call.q_len,
+        "k_len": call.k_len,
+    }
     return BlockPattern.from_dense(levels > 0, **size)
 
 

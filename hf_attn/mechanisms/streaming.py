@@ -45,7 +45,10 @@ class StreamingConfig(MechanismConfig):
 
 
 def attend(call: AttentionCall, config: StreamingConfig) -> Tensor:
-    """Query of block p reads key blocks [0, sinks) and (p - window, p], causally. `[B, Hq, Nq, Dv]`."""
+    """Query of block p reads key blocks [0, sinks) and (p - window, p], causally. `[B, Hq, Nq, Dv]`.
+
+    Raises ValueError for layers that are not causal.
+    """
     if not call.causal:
         raise ValueError(
             "streaming needs causal attention, but this module is not causal; leave the layer dense with "
@@ -54,7 +57,7 @@ def attend(call: AttentionCall, config: StreamingConfig) -> Tensor:
     if call.layer.recording:
         computed, visible = _pairs(call, config)
         call.layer.record(path="sparse", computed=computed, visible=visible)
-    options = {"causal": True, "scale": call.scale, "tokens": call.tokens}
+    options: dict[str, Any] = {"causal": True, "scale": call.scale, "tokens": call.tokens}
     if call.q_len == call.k_len:
         return block_sparse_attention(call.query, call.key, call.value, select(call, config), **options)
     # Behind a cache, query blocks no longer start at block borders: say it per query token.

@@ -123,7 +123,7 @@ def attend(call: AttentionCall, config: VMoBAConfig) -> Tensor:
     routes = _routes(query, key, grid, parts, config, pattern)
     if call.layer.recording:
         call.layer.record(path=f"{pattern}, {parts.num_blocks} blocks", **_pairs(call, routes, parts))
-    options = {"block_size": parts.block_tokens, "causal": False, "scale": call.scale}
+    options: dict[str, Any] = {"block_size": parts.block_tokens, "causal": False, "scale": call.scale}
     if not grid.text:
         return routed_block_attention(query, key, value, routes, **options)
     seen = routed_block_attention(query, key, value, routes, return_lse=True, **options)
@@ -197,8 +197,10 @@ def _routes(query: Tensor, key: Tensor, grid: TokenGrid, parts: Partition, confi
 def _top_k(grid: TokenGrid, parts: Partition, config: VMoBAConfig, pattern: str) -> float:
     """Blocks a query reads on average."""
     density = config.wanted_density()
+    wanted: float
     if density is None:
-        wanted = config.top_k if isinstance(config.top_k, int) else config.top_k[PATTERNS.index(pattern)]
+        by_pattern = (config.top_k,) * 3 if isinstance(config.top_k, int) else config.top_k or (1, 1, 1)
+        wanted = by_pattern[PATTERNS.index(pattern)]
     else:
         # Text reads everything and is read by all; what the density leaves goes to the blocks.
         pairs = density * grid.length**2 - grid.text * grid.length - grid.tokens * grid.text
@@ -208,7 +210,7 @@ def _top_k(grid: TokenGrid, parts: Partition, config: VMoBAConfig, pattern: str)
 
 def _pairs(call: AttentionCall, routes: Tensor, parts: Partition) -> dict[str, Tensor | float]:
     """(query, key) pairs computed and visible, over batch rows and heads; padded text is neither."""
-    grid, (batch, heads) = call.tokens.grid, call.query.shape[:2]
+    grid, (batch, heads) = call.tokens.known_grid(), call.query.shape[:2]
     # Not a sum along dimensions: of bool tensors that is slow.
     reads = torch.count_nonzero(routes).double() * parts.block_tokens
     missing = parts.num_blocks * parts.block_tokens - parts.tokens
@@ -228,7 +230,7 @@ def _text_rows(grid: TokenGrid, x: Tensor, dim: int) -> Tensor:
 
 def _read_text(call: AttentionCall, query: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of the video queries over the text, and its lse."""
-    grid = call.tokens.grid
+    grid = call.tokens.known_grid()
     key, value = (_text_rows(grid, x, 2) for x in (call.key, call.value))
     index = call.tokens.index
     tokens = TokenLayout.full(query.shape[0], grid.tokens, grid.text)
@@ -240,7 +242,8 @@ def _read_text(call: AttentionCall, query: Tensor) -> tuple[Tensor, Tensor]:
 
 def _text_attention(call: AttentionCall) -> Tensor:
     """The text's own attention over everything."""
-    grid, query = call.tokens.grid, _text_rows(call.tokens.grid, call.query, 2)
+    grid = call.tokens.known_grid()
+    query = _text_rows(grid, call.query, 2)
     tokens, index = TokenLayout.full(query.shape[0], grid.text, call.k_len), call.tokens.index
     if index is not None:
         queries = _text_rows(grid, index[..., : call.q_len], 2)
@@ -253,8 +256,10 @@ def _read_all(
 ) -> tuple[Tensor, Tensor]:
     """Plain attention and its lse; what is not real is not read, whatever it holds."""
     routes = torch.ones(*query.shape[:3], 1, dtype=torch.bool, device=query.device)
-    options = {"block_size": key.shape[2], "causal": False, "scale": call.scale, "return_lse": True}
-    return routed_block_attention(query, key, value, routes, tokens=tokens, **options)
+    return routed_block_attention(
+        query, key, value, routes,
+        block_size=key.shape[2], causal=False, scale=call.scale, return_lse=True, tokens=tokens,
+    )  # fmt: skip
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
@@ -264,7 +269,8 @@ def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], dtype: t
     return torch.lerp(left.to(share.dtype), right.to(share.dtype), share).to(dtype)
 
 
-def _sizes(name: str, value: Any, count: int, least: int = 1) -> tuple[int, ...] | None:
+def _sizes(name: str, value: Any, count: int, least: int = 1) -> Any:
+    """A tuple of `count` integers, or None."""
     if value is None:
         return None
     if not isinstance(value, list | tuple) or len(value) != count:

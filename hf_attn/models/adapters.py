@@ -180,8 +180,10 @@ def _base_for(about: dict[str, Any], base: nn.Module | str | os.PathLike, load: 
 
 def _with_mechanism(about: dict[str, Any], base: nn.Module | str | os.PathLike, load: dict[str, Any]) -> nn.Module:
     """The base with the adapter's mechanism; raises ValueError for one of another type or with another mechanism."""
-    wanted, model = about["mechanism"], base
-    if not isinstance(base, nn.Module):
+    wanted = about["mechanism"]
+    if isinstance(base, nn.Module):
+        model: Any = base
+    else:
         where = {key: load[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in load}
         config = base_config(os.fspath(base), **where)
         model = load_host(os.fspath(base), config.architectures[0], load)

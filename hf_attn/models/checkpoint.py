@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hf_attn.models import adapters
+from hf_attn.models.host import HostConfig, HostModel
 from hf_attn.models.record import RECORD
 
 THIN_MODULE = "modeling_hf_attn"
@@ -15,7 +16,7 @@ THIN_MODULE = "modeling_hf_attn"
 adapters.install()
 
 
-class CardOnPush:
+class CardOnPush(HostModel):
     """Mixin of our models: `push_to_hub` also gives the repository a filled card, unless it has one of its own."""
 
     def push_to_hub(self, repo_id: str, *arguments: Any, **options: Any) -> Any:
@@ -27,7 +28,7 @@ class CardOnPush:
         return super().push_to_hub(repo_id, *arguments, **options)
 
 
-class ThinFileConfig:
+class ThinFileConfig(HostConfig):
     """Mixin of our configs: `save_pretrained` also writes `modeling_hf_attn.py` and names it in `auto_map`.
 
     The file holds three empty subclasses. Subclasses, not re-exports: transformers copies the source of whatever class

@@ -131,7 +131,8 @@ def convert(
     _refuse(source, name)
     base = config_of(source)
     model_class = conversion.model_class(base, type(source))
-    given, weights = dict(options), {}
+    given = dict(options)
+    weights: dict[str, Tensor] = {}
     if conversion.prepare is not None:
         training = source.training
         options, weights = conversion.prepare(source.eval, options)
@@ -273,7 +274,8 @@ def _load(conversion: Conversion, repo: str, load: dict[str, Any], options: dict
     base = base_config(repo, **where)
     names = [base["_class_name"]] if isinstance(base, Mapping) else base.architectures or [None]
     model_class, host = conversion.kind(base, names[0])
-    given, weights = dict(options), {}
+    given = dict(options)
+    weights: dict[str, Tensor] = {}
     if conversion.prepare is not None:
         options, weights = conversion.prepare(lambda: load_host(repo, host, load), options)
     config = new_config(conversion, base, model_class, options, given, repo)
@@ -290,7 +292,10 @@ def load_as(
     rewrite: Callable[[Any, str, Tensor], Tensor] | None,
     load: dict[str, Any],
 ) -> nn.Module:
-    """A checkpoint of the host's class `host` as a model of ours; arguments as in `around`, `load` as in `convert`."""
+    """A checkpoint of the host's class `host` as a model of ours; arguments as in `around`, `load` as in `convert`.
+
+    Raises ValueError for a checkpoint that lacks weights.
+    """
     empty = None if isinstance(base, Mapping) else host_on_meta(host, base)
     if empty is None or rewrite is not None or renames_weights(empty):
         source = load_host(repo, host, load)

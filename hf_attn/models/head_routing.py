@@ -15,13 +15,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from hf_attn.models.checkpoint import CardOnPush
+from hf_attn.models.host import HostAttention
 from hf_attn.models.moh.configuration_moh import activated_share, layer_heads
 from hf_attn.nn.head_router import HeadRouting, LearnedRouter, QueryNormRouter, load_balance
 
 SKIPPING = "hf_attn_moh"
 
 
-class RoutedAttention:
+class RoutedAttention(HostAttention):
     """State of an attention module with a router."""
 
     router: QueryNormRouter | LearnedRouter
@@ -134,7 +135,10 @@ class HeadRoutedHead(CardOnPush):
         return torch.stack([term.to(terms[0].device) for term in terms]).mean() if terms else None
 
     def add_load_balance(self, loss: Tensor | None, mask: Any) -> tuple[Tensor | None, Tensor | None]:
-        """The loss, in training with its load-balance term, and that term; None where there is none."""
+        """The loss, in training with its load-balance term, and that term; None where there is none.
+
+        Both are scalars; mask: `[B, N]`, true or 1 for real tokens, or None.
+        """
         aux = None
         if loss is not None:
             aux = self.load_balance_loss(mask)
@@ -164,10 +168,10 @@ class HeadRoutedForCausalLM(HeadRoutedHead):
         *arguments: Any,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast | tuple[Any, ...]:
         """As the host's. `aux_loss` is the mean load-balance loss of the layers; training adds it to `loss`."""
-        out = super().forward(input_ids, attention_mask, *arguments, labels=labels, **kwargs)
-        if not isinstance(out, dict):
+        out: Any = super().forward(input_ids, attention_mask, *arguments, labels=labels, **kwargs)
+        if isinstance(out, tuple):
             return out
         loss, aux = self.add_load_balance(out.loss, attention_mask)
         return MoeCausalLMOutputWithPast(

@@ -15,10 +15,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from hf_attn.integrations.transformers.key_history import key_history
 from hf_attn.models.checkpoint import CardOnPush
+from hf_attn.models.host import HostAttention
 from hf_attn.nn.key_convolution import KeyConvolution
 
 
-class KeyConvolutionAttention:
+class KeyConvolutionAttention(HostAttention):
     """Attention whose keys pass a short causal convolution: after k_norm, before the rotary embedding.
 
     `k_conv1d` is `None` in layers without one.

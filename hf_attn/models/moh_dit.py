@@ -113,7 +113,10 @@ class MoHDiTTransformer2DModel(DiTTransformer2DModel):
         return activated_share(self.config.moh_layers or [[1, 1, 0]])
 
     def load_balance_loss(self, form: str = "code") -> Tensor:
-        """Mean load-balance loss of the last forward over the layers with routed heads; 0 without such layers."""
+        """Mean load-balance loss of the last forward over the layers with routed heads; 0 without such layers.
+
+        A scalar.
+        """
         found = [block.attn1.processor.routing for block in self.transformer_blocks]
         terms = [load_balance(x.prob, x.chosen, form=form) for x in found if x is not None and x.prob is not None]
         return torch.stack(terms).mean() if terms else torch.zeros((), device=self.device)

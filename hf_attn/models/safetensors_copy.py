@@ -115,4 +115,4 @@ def _copy_bytes(source: BinaryIO, target: BinaryIO, count: int) -> None:
 
 
 def _write(tensor: Tensor, out: BinaryIO) -> None:
-    out.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    out.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

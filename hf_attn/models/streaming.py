@@ -142,7 +142,8 @@ class FolderConversion:
         refuse_existing(output)
         partial = output.absolute().with_name(output.name + ".partial")
         self._claim(partial, output)
-        options, weights = dict(self.options), {}
+        options = dict(self.options)
+        weights: dict[str, Tensor] = {}
         if self.conversion.prepare is not None:
             options, weights = self.conversion.prepare(self._load_host, options)
         config, model = self._new_model(options)

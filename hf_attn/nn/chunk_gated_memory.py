@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,7 @@ class ChunkGatedMemory(nn.Module):
             raise ValueError(f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads}")
         width = hidden_size // num_heads
         self.num_heads, self.chunk_size, self.theta_max, self.norm_eps = num_heads, chunk_size, theta_max, norm_eps
-        self.options = {
+        self.options: dict[str, Any] = {
             "chunk_size": chunk_size,
             "gradient_anchor": gradient_anchor,
             "loss_reduction": loss_reduction,

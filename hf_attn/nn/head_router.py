@@ -37,7 +37,10 @@ class HeadRouting:
 
 
 def straight_through(mask: Tensor, prob: Tensor, ste: str) -> Tensor:
-    """Gates with the value of `mask` whose gradient goes to `prob`: of the chosen heads only, or of "all"."""
+    """Gates with the value of `mask` whose gradient goes to `prob`: of the chosen heads only, or of "all".
+
+    mask: bool `[..., E]`; prob: `[..., E]`; returns `[..., E]`.
+    """
     change = prob - prob.detach()
     return mask + change if ste == "all" else mask * (1 + change)
 
@@ -53,6 +56,8 @@ def load_balance(prob: Tensor, chosen: Tensor, *, form: str = "code", real: Tens
 
     P_i is the mean probability and f_i the share of tokens that chose expert i, over all tokens together. 0 when no
     token is real.
+
+    Raises ValueError for another form.
     """
     if form not in ("code", "paper"):
         raise ValueError(f"form must be one of 'code', 'paper', got {form!r}")
@@ -96,8 +101,8 @@ class QueryNormRouter(nn.Module):
         routing = quantized(prob, chosen, self.shared, self.routed, self.ste if self.training else "selected")
         if self.group == 1:
             return routing
-        wide = (x.repeat_interleave(self.group, -1) for x in (routing.gates, routing.heads))
-        return HeadRouting(*wide, routing.chosen, routing.prob)
+        gates, heads = (x.repeat_interleave(self.group, -1) for x in (routing.gates, routing.heads))
+        return HeadRouting(gates, heads, routing.chosen, routing.prob)
 
 
 class LearnedRouter(nn.Module):
@@ -169,7 +174,10 @@ class LearnedRouter(nn.Module):
 
 
 def quantized(prob: Tensor, chosen: Tensor, shared: list[int], routed: list[int], ste: str) -> HeadRouting:
-    """Routing in which shared and chosen heads weigh exactly 1, with a straight-through gradient to `prob`."""
+    """Routing in which shared and chosen heads weigh exactly 1, with a straight-through gradient to `prob`.
+
+    prob and chosen: `[B, N, E]` over the routed heads; shared and routed: numbers of heads.
+    """
     count = len(shared) + len(routed)
     gates = torch.ones(*prob.shape[:-1], count, device=prob.device, dtype=prob.dtype)
     heads = torch.ones(*prob.shape[:-1], count, device=prob.device, dtype=torch.bool)

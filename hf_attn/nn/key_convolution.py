@@ -45,6 +45,7 @@ class KeyConvolution(nn.Module):
         return key_convolution(key, self.weight, **options)
 
     def extra_repr(self) -> str:
+        """As torch asks for it: what `print` shows."""
         return f"{self.channels}, width={self.width}, init={self.init!r}"
 
 

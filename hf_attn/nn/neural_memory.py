@@ -18,7 +18,10 @@ State = dict[str, Any]
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """hidden / sqrt(mean(hidden^2) + eps) * weight over the last dimension, in fp32 (fp64 in fp64)."""
+    """hidden / sqrt(mean(hidden^2) + eps) * weight over the last dimension, in fp32 (fp64 in fp64).
+
+    hidden `[..., d]`, weight `[d]` or as wide; returns `[..., d]`.
+    """
     exact = hidden.float() if hidden.dtype != torch.float64 else hidden
     return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype) * weight
 

@@ -101,7 +101,6 @@ __all__ = [
     "similarity_cap",
     "select_pages",
     "select_regions",
-    "select_routes",
     "selective_attention",
     "selective_scan",
     "sink_window_attention",

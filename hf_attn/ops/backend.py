@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal
+from typing import Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from torch import Tensor
 from hf_attn.call import TokenLayout
 
 Path = Literal["reference", "torch", "triton"]
+
+
+class Rows(TypedDict, total=False):
+    """Where the sequences of a batch lie, said the same way in every op: one of these, or none for full rows."""
+
+    tokens: TokenLayout | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    key_start: Tensor | int | None
+    key_length: Tensor | None
+
+
 _VARIABLE = "HF_ATTN_BACKEND"
 _CHECK_VARIABLE = "HF_ATTN_CHECK"
 # Ops that have a Triton path.
@@ -41,14 +53,15 @@ _TRITON_DEVICES = ("cuda", "xpu")
 TRITON_HEAD_DIMS = "multiples of 8 from 8 to 256"
 
 
-def forced_backend() -> str | None:
+def forced_backend() -> Path | None:
     """The value of HF_ATTN_BACKEND, `None` when unset or "auto"; raises ValueError on anything unknown."""
     value = os.environ.get(_VARIABLE, "").strip().lower()
     if value in ("", "auto"):
         return None
-    if value not in ("reference", "torch", "triton"):
-        raise ValueError(f"{_VARIABLE}={value!r} is unknown; allowed: auto, reference, torch, triton")
-    return value
+    for path in get_args(Path):
+        if value == path:
+            return path
+    raise ValueError(f"{_VARIABLE}={value!r} is unknown; allowed: auto, reference, torch, triton")
 
 
 def checks_enabled() -> bool:
@@ -84,7 +97,10 @@ def choose_path(op: str, query: Tensor, *head_dims: int) -> Path:
 
 
 def triton_obstacle(query: Tensor, head_dims: Sequence[int] = ()) -> str | None:
-    """Why a Triton kernel cannot take this tensor, or None."""
+    """Why a Triton kernel cannot take this tensor, or None.
+
+    query: `[B, H, N, D]`, whose device and dtype count; head_dims: of the call, which kernels restrict.
+    """
     if not _HAS_TRITON:
         return "triton is not installed (pip install triton)"
     device = query.device.type
@@ -109,7 +125,10 @@ def may_go_dense() -> bool:
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise ValueError unless the three fit together; names the argument and its shape."""
+    """Raise ValueError unless the three fit together; names the argument and its shape.
+
+    Allowed are `[B, Hq, Nq, D]`, `[B, Hkv, Nk, D]` and `[B, Hkv, Nk, Dv]` in one floating-point dtype, `Hq % Hkv == 0`.
+    """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, tokens, head_dim], got shape {tuple(tensor.shape)}")
@@ -141,7 +160,10 @@ _AUTOCAST_DEVICES = frozenset(
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype when autocast is on for their device (custom ops are opaque to it)."""
+    """The tensors in the autocast dtype when autocast is on for their device (custom ops are opaque to it).
+
+    Any shapes `[...]`; fp64 and integer tensors stay as they are.
+    """
     device = tensors[0].device.type
     if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors
@@ -158,17 +180,24 @@ def resolve_tokens(
     key_start: Tensor | int | None,
     key_length: Tensor | None,
 ) -> Tensor | None:
-    """The token index of whichever way the caller described the rows; `None` when all of them are full."""
+    """The token index of whichever way the caller described the rows; `None` when all of them are full.
+
+    query and key are `[B, Hq, Nq, D]` and `[B, Hkv, Nk, D]`; the index is int32 `[B, 2, Nq + Nk]` (see `TokenLayout`).
+
+    Raises ValueError for more than one description, one that does not fit the tensors, and windows, masks and
+    documents, which sparse ops do not follow.
+    """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     padded = key_length is not None or key_start is not None
     if packed + padded + (tokens is not None) > 1:
         raise ValueError("give one of tokens=, cu_seqlens_q / cu_seqlens_k, or key_start / key_length, not several")
     batch, q_len, k_len = query.shape[0], query.shape[2], key.shape[2]
-    if packed:
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
         if batch != 1:
             raise ValueError(f"packed sequences (cu_seqlens_*) need batch 1, got query batch {batch}")
         cu_q = cu_seqlens_k if cu_seqlens_q is None else cu_seqlens_q
         cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        assert cu_q is not None and cu_k is not None  # one was given, and stands for a missing other
         tokens = TokenLayout.packed(cu_q, cu_k, q_len, k_len)
     elif padded:
         start = 0 if key_start is None else key_start

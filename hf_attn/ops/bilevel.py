@@ -68,12 +68,13 @@ def bilevel_routing_attention(
         method = _method(query, value, prod(sides), top_k)
     if method == "mask":
         return _masked(query, key, value, routes, region_size, scale)
-    parts = [_to_regions(t, region_size) for t in (query, key, value)]
+    space = query.shape[1:-2]
+    query, key, value = (_to_regions(t, region_size) for t in (query, key, value))
     if method == "copy":
-        out = _by_copies(*parts, routes, scale, attend or scaled_dot_product_attention)
+        out = _by_copies(query, key, value, routes, scale, attend or scaled_dot_product_attention)
     else:
-        out = _in_place(*parts, routes, scale)
-    return _from_regions(out, region_size, query.shape[1:-2])
+        out = _in_place(query, key, value, routes, scale)
+    return _from_regions(out, region_size, space)
 
 
 def _method(query: Tensor, value: Tensor, regions: int, top_k: int) -> str:
@@ -101,8 +102,8 @@ def select_regions(query: Tensor, key: Tensor, *, region_size: Sequence[int], to
     _check(query, key, key, region_size, top_k)
     inner = tuple(range(2, 2 * len(region_size) + 1, 2))
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    means = [_split(t, region_size).mean(inner, dtype=exact).flatten(1, -3).flatten(2) for t in (query, key)]
-    return best_regions(*means, top_k)
+    queries, keys = (_split(t, region_size).mean(inner, dtype=exact).flatten(1, -3).flatten(2) for t in (query, key))
+    return best_regions(queries, keys, top_k)
 
 
 def best_regions(query_means: Tensor, key_means: Tensor, top_k: int) -> Tensor:
@@ -194,8 +195,9 @@ def _masked(
 ) -> Tensor:
     """Attention of all pairs of positions `[B, *space, H, D]`, those of regions not chosen masked."""
     mask = region_mask(routes, query.shape[1:-2], region_size)[:, None]
-    flat = [t.flatten(1, -3).transpose(1, 2) for t in (query, key, value)]
-    return scaled_dot_product_attention(*flat, mask, scale=scale).transpose(1, 2).reshape(value.shape)
+    shape = value.shape
+    query, key, value = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2).reshape(shape)
 
 
 def _in_place(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: float) -> Tensor:
@@ -205,5 +207,6 @@ def _in_place(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, scale: 
     # Ascending and without repeats, as the pattern asks; its checked builder would wait for the device.
     blocks = routes.sort(-1).values.to(torch.int32)[:, None]
     pattern = BlockPattern(blocks, block_q=tokens, block_k=tokens, q_len=length, k_len=length)
-    out = block_sparse_attention(*(t.flatten(1, 2).transpose(1, 2) for t in (query, key, value)), pattern, scale=scale)
+    query, key, value = (t.flatten(1, 2).transpose(1, 2) for t in (query, key, value))
+    out = block_sparse_attention(query, key, value, pattern, scale=scale)
     return out.transpose(1, 2).unflatten(1, (regions, tokens))

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from hf_attn.call import TokenLayout
-from hf_attn.ops.backend import Path, autocast, check_qkv, choose_path, resolve_tokens
+from hf_attn.ops.backend import Path, Rows, autocast, check_qkv, choose_path, resolve_tokens
 from hf_attn.pattern import BlockPattern
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, *, causal: bool = ..., scale: float | None =
+    ..., key_bias: Tensor | None = ..., return_lse: Literal[False] = ..., **rows: Unpack[Rows]
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern, *, causal: bool = ..., scale: float | None =
+    ..., key_bias: Tensor | None = ..., return_lse: Literal[True], **rows: Unpack[Rows]
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def block_sparse_attention(
@@ -81,7 +96,10 @@ def _path(path: Path) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def check_pattern(pattern: BlockPattern, query: Tensor, key: Tensor) -> None:
-    """Raise TypeError or ValueError unless the pattern was made for tensors of these shapes."""
+    """Raise TypeError or ValueError unless the pattern was made for tensors of these shapes.
+
+    query and key are `[B, Hq, Nq, D]` and `[B, Hkv, Nk, D]`.
+    """
     if not isinstance(pattern, BlockPattern):
         raise TypeError(
             f"pattern must be a hf_attn.pattern.BlockPattern, got {type(pattern).__name__}; "

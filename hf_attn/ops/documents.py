@@ -57,6 +57,8 @@ def document_scores(
 
     Returns fp32 (fp64 for fp64 inputs) `[B, Hq, S, num_documents]`, each row summing to 1; documents without a token
     get 0, rows without any document are all 0. Differentiable in query and key.
+
+    Raises ValueError for shapes that do not fit, naming the argument.
     """
     table = _table(tokens, query)
     if rows.dim() != 2 or rows.shape[0] != query.shape[0] or rows.is_floating_point():
@@ -90,7 +92,7 @@ def _form(path: Path) -> Callable[..., Tensor]:
 
 def _table(tokens: TokenLayout, query: Tensor) -> Tensor:
     """int32 `[B, 3, N]`: segment, position, role."""
-    if not isinstance(tokens, TokenLayout) or tokens.roles is None:
+    if not isinstance(tokens, TokenLayout) or tokens.roles is None or tokens.index is None:
         raise ValueError("tokens must be a TokenLayout.documents(segments): it says which token is of which document")
     found, got = (tokens.batch, tokens.k_len), (query.shape[0], query.shape[2])
     if tokens.q_len != tokens.k_len or found != got:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from hf_attn.call import TokenLayout
 from hf_attn.checks import require_int
-from hf_attn.ops.backend import autocast, check_qkv, choose_path, resolve_tokens
+from hf_attn.ops.backend import Rows, autocast, check_qkv, choose_path, resolve_tokens
+
+
+@overload
+def grouped_softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, landmarks: Tensor | None = ..., *, block_size: int | None = ...,
+    scale: float | None = ..., return_lse: Literal[False] = ..., **rows: Unpack[Rows]
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def grouped_softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, landmarks: Tensor | None = ..., *, block_size: int | None = ...,
+    scale: float | None = ..., return_lse: Literal[True], **rows: Unpack[Rows]
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def grouped_softmax_attention(

@@ -71,14 +71,20 @@ def head_routed_attention(
 
 
 def routes_dense(heads: Tensor, k_len: int) -> bool:
-    """Whether `head_routed_attention` computes all heads of a full row on the CPU, because that is as fast."""
+    """Whether `head_routed_attention` computes all heads of a full row on the CPU, because that is as fast.
+
+    heads: bool `[B, Hq, Nq]`.
+    """
     from hf_attn.ops.hfattn_sparse.head_routed import torch_path
 
     return may_go_dense() and heads.device.type == "cpu" and torch_path.prefers_dense(heads, k_len)
 
 
 def choose_top_k(scores: Tensor, top_k: int) -> Tensor:
-    """Bool mask of the `top_k` largest entries of the last dimension; of equal ones the first is taken."""
+    """Bool mask of the `top_k` largest entries of the last dimension; of equal ones the first is taken.
+
+    scores: `[..., E]`.
+    """
     order = scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
 

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hf_attn.call import TokenLayout
+
+
+@overload
+def key_convolution(
+    key: Tensor, weight: Tensor, *, initial_state: Tensor | None = ..., return_state: Literal[False] = ...,
+    sequence_ids: Tensor | None = ..., cu_seqlens: Tensor | None = ..., key_start: Tensor | int | None = ...,
+    key_length: Tensor | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def key_convolution(
+    key: Tensor, weight: Tensor, *, initial_state: Tensor | None = ..., return_state: Literal[True], sequence_ids:
+    Tensor | None = ..., cu_seqlens: Tensor | None = ..., key_start: Tensor | int | None = ..., key_length: Tensor |
+    None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def key_convolution(
@@ -50,7 +68,7 @@ def key_convolution(
         initial_state = key.new_zeros(key.shape[0], key.shape[1], rows, key.shape[3])
     if key.shape[2] == 0:
         return (key, initial_state) if return_state else key
-    if padded:
+    if padded and ids is not None:
         # Real tokens first: then the taps of a token are simply the rows before it, wherever the padding stood.
         order = torch.argsort((ids < 0).to(torch.int8), dim=1, stable=True)
         ids = ids.gather(1, order)
@@ -60,7 +78,7 @@ def key_convolution(
     if ids is not None:
         ids = torch.cat([ids[:, :1].expand(-1, rows), ids], 1)
     out = _convolve(past, weight.reshape(key.shape[1], 1, key.shape[3], width), ids, rows)
-    if padded:
+    if padded and ids is not None:
         out = torch.where((ids[:, rows:] >= 0)[:, None, :, None], out, 0)
         out = torch.empty_like(out).scatter(2, spread, out)
     if not return_state:
@@ -102,6 +120,10 @@ def _last_rows(past: Tensor, ids: Tensor | None, rows: int, padded: bool) -> Ten
     return torch.where((ids.gather(1, where) == last)[:, None, :, None], kept, 0)
 
 
+def _ids(tokens: TokenLayout, key: Tensor) -> Tensor | None:
+    return None if tokens.index is None else tokens.index[:, 0, : key.shape[2]].to(key.device)
+
+
 def _sequences(
     key: Tensor,
     sequence_ids: Tensor | None,
@@ -117,12 +139,12 @@ def _sequences(
     if cu_seqlens is not None:
         if batch != 1:
             raise ValueError(f"cu_seqlens describes one packed row, got a batch of {batch}")
-        return TokenLayout.packed(cu_seqlens, cu_seqlens, length, length).index[:, 0, :length].to(key.device), True
+        return _ids(TokenLayout.packed(cu_seqlens, cu_seqlens, length, length), key), True
     if given[2]:
         if key_length is None:
             raise ValueError("key_start needs key_length as well")
         start = 0 if key_start is None else key_start
-        return TokenLayout.padded(start, key_length, length, length).index[:, 0, :length].to(key.device), True
+        return _ids(TokenLayout.padded(start, key_length, length, length), key), True
     if sequence_ids is None:
         return None, False
     fits = sequence_ids.dim() == 2 and sequence_ids.shape[0] in (1, batch) and sequence_ids.shape[1] == length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +12,22 @@ from hf_attn.checks import require_int, require_one_of
 from hf_attn.ops.backend import Path, autocast, check_qkv, checks_enabled, choose_path
 
 DEFAULT_BLOCK = 64
+
+
+@overload
+def linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, *, scale: float = ..., initial_state: Tensor | None =
+    ..., return_state: Literal[False] = ..., mask: Tensor | None = ..., cu_seqlens: Tensor | None = ..., block_size:
+    int = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, *, scale: float = ..., initial_state: Tensor | None =
+    ..., return_state: Literal[True], mask: Tensor | None = ..., cu_seqlens: Tensor | None = ..., block_size: int =
+    ..., backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def linear_attention(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +23,24 @@ from hf_attn.ops.neighborhood_arguments import (
 )
 
 _BACKENDS = ("auto", "reference", "torch", "triton", "flex", "natten")
+
+
+@overload
+def neighborhood_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, kernel_size: Sizes, dilation: Sizes = ..., stride: Sizes = ...,
+    is_causal: Flags = ..., rpb: Tensor | None = ..., scale: float | None = ..., additional_keys: Tensor | None =
+    ..., additional_values: Tensor | None = ..., key_mask: Tensor | None = ..., additional_key_mask: Tensor | None =
+    ..., return_lse: Literal[False] = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def neighborhood_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, kernel_size: Sizes, dilation: Sizes = ..., stride: Sizes = ...,
+    is_causal: Flags = ..., rpb: Tensor | None = ..., scale: float | None = ..., additional_keys: Tensor | None =
+    ..., additional_values: Tensor | None = ..., key_mask: Tensor | None = ..., additional_key_mask: Tensor | None =
+    ..., return_lse: Literal[True], backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def neighborhood_attention(
@@ -105,6 +124,8 @@ def na_qk(
 
     Returns `[B, H, *space, prod(kernel_size)]`, window-major (last axis fastest); slots without a key, which only
     causal axes have, give -inf. Differentiable.
+
+    Raises ValueError for shapes and windows that do not fit, naming the argument.
     """
     space = check_heads_first("query", query, "key", key)
     if query.shape != key.shape:
@@ -139,6 +160,8 @@ def na_av(
         kernel_size, dilation, is_causal, backend: as in `na_qk`.
 
     Returns `[B, H, *space, Dv]`. Differentiable.
+
+    Raises ValueError for shapes and windows that do not fit, naming the argument.
     """
     space = check_heads_first("weights", weights, "value", value)
     geometry = geometry_of(space, kernel_size, 1, dilation, is_causal)
@@ -167,7 +190,10 @@ def neighborhood_mask(
     is_causal: Flags = False,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Which key each query sees, bool `[N, N]` over the flattened grid (last axis fastest)."""
+    """Which key each query sees, bool `[N, N]` over the flattened grid (last axis fastest).
+
+    Raises ValueError for windows that do not fit the grid, naming the axis.
+    """
     if not 1 <= len(space) <= 3:
         raise ValueError(f"space must have one to three axes, got {tuple(space)}")
     from hf_attn.ops.hfattn_sparse.neighborhood.geometry import visible
@@ -202,12 +228,12 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
 
 def _path(op: str, backend: str, query: Tensor, *head_dims: int) -> Path:
     if backend in ("reference", "torch"):
-        return backend
+        return "reference" if backend == "reference" else "torch"
     if backend == "triton":
         obstacle = triton_obstacle(query, head_dims)
         if obstacle is not None:
             raise RuntimeError(f"backend='triton' cannot run {op}: {obstacle}; use 'auto', 'torch' or 'reference'")
-        return backend
+        return "triton"
     return choose_path(op, query, *head_dims)
 
 

@@ -17,7 +17,10 @@ Geometry = tuple[list[int], list[int], list[int], list[int], list[bool]]
 
 
 def geometry_of(space: Sequence[int], kernel_size: Sizes, stride: Sizes, dilation: Sizes, is_causal: Flags) -> Geometry:
-    """Checked, one entry an axis."""
+    """Checked, one entry an axis.
+
+    Raises ValueError for windows that do not fit the grid, naming the axis.
+    """
     names = _AXES[len(space)]
     kernel, strides, dilations = (
         _per_axis(name, value, len(space), int)
@@ -54,7 +57,10 @@ def _per_axis(name: str, value: Sizes | Flags, rank: int, kind: type) -> list:
 
 
 def check_rpb(rpb: Tensor | None, heads: int, geometry: Geometry) -> None:
-    """Raise ValueError unless a table of relative positions fits (and windows are of the kind that have one)."""
+    """Raise ValueError unless a table of relative positions fits (and windows are of the kind that have one).
+
+    It is `[heads, 2 K - 1, ...]`, one entry an axis.
+    """
     if rpb is None:
         return
     space, kernel, stride, _, causal = geometry
@@ -74,7 +80,10 @@ def check_rpb(rpb: Tensor | None, heads: int, geometry: Geometry) -> None:
 
 
 def check_grid(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    """The grid of heads-last tensors; raises ValueError unless the three fit together."""
+    """The grid of heads-last tensors; raises ValueError unless the three fit together.
+
+    They are `[B, *space, heads, D]`.
+    """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not 4 <= tensor.dim() <= 6:
             raise ValueError(
@@ -98,6 +107,7 @@ def check_grid(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
 
 
 def check_heads_first(first: str, one: Tensor, second: str, other: Tensor) -> tuple[int, ...]:
+    """The grid of two tensors `[B, heads, *space, channels]`; raises ValueError unless both are such, in one dtype."""
     for name, tensor in ((first, one), (second, other)):
         if not 4 <= tensor.dim() <= 6:
             raise ValueError(
@@ -117,7 +127,10 @@ def with_extra(
     masks: tuple[Tensor | None, Tensor | None],
     space: tuple[int, ...],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values `[B, N + M, Hkv, ...]` and a mask `[B, N + M]`."""
+    """Keys and values `[B, N + M, Hkv, ...]` and a mask `[B, N + M]`.
+
+    Raises ValueError for additional keys, values and masks that do not fit.
+    """
     if (more_keys is None) != (more_values is None):
         raise ValueError("additional_keys and additional_values must be given together, got one of them")
     batch, heads = key.shape[0], key.shape[-2]

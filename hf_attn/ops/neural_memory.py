@@ -89,10 +89,11 @@ def neural_memory(
         mask = _check_mask(mask, query)
     with torch.autocast(query.device.type, enabled=False):
         start = _states("weights", weights, query, exact)
-        zero = [torch.zeros_like(w) for w in start] if momentum is None else None
         states = (
             start,
-            zero or _states("momentum", momentum, query, exact, like=start),
+            [torch.zeros_like(w) for w in start]
+            if momentum is None
+            else _states("momentum", momentum, query, exact, like=start),
             start
             if chunk_start_weights is None
             else _states("chunk_start_weights", chunk_start_weights, query, exact, like=start),
@@ -113,7 +114,8 @@ def neural_memory(
     if not output_final_state:
         return out
     passed = query.shape[2] if mask is None else mask.sum(1)
-    return out, MemoryStates(*map(tuple, states), offset + passed)
+    after, momenta, chunk_start = (tuple(kind) for kind in states)
+    return out, MemoryStates(after, momenta, chunk_start, offset + passed)
 
 
 def read_memory(query: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -162,6 +164,8 @@ def chunk_gated_memory(
         memory_residual_norm: M(x) = x + LayerNorm(MLP(x)) * (1 + gamma) instead of MLP(x); gamma is learned as well.
 
     Returns the output `[B, H, T, d]` and the weights of all chunks with the last momentum, fp32 (fp64 in fp64).
+
+    Raises ValueError for shapes and options that do not fit, naming the argument.
     """
     require_int("chunk_size", chunk_size, 1)
     if loss_reduction not in ("sum", "mean"):
@@ -203,7 +207,10 @@ def _form(path: str):
 def check_memory(
     query: Tensor, key: Tensor, value: Tensor, gates: tuple[Tensor, ...], weights: Sequence[Tensor]
 ) -> None:
-    """Raise ValueError unless tokens, gates and weights fit together."""
+    """Raise ValueError unless tokens, gates and weights fit together.
+
+    Tokens are `[B, H, T, d]`, gates `[B, H, T]`, weights `[H, in, out]` or `[B, H, in, out]`.
+    """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4 or tensor.shape != query.shape:
             raise ValueError(

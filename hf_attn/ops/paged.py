@@ -27,6 +27,8 @@ def page_statistics(key: Tensor, *, page_size: int, logical_page_size: int) -> t
         stats `[B, H, ceil(N / page_size), page_size / logical_page_size, 2, D]` in the key's dtype: kmax at index 0 and
         kmin at index 1 of the fifth dimension (-inf and inf where a logical page holds no token), and the number of
         tokens of every logical page, int64 `[pages, logical]`. Not differentiable.
+
+    Raises ValueError for keys and page sizes that do not fit.
     """
     if key.dim() != 4 or not key.is_floating_point():
         raise ValueError(f"key must be floating [batch, heads, tokens, head_dim], got {tuple(key.shape)} {key.dtype}")
@@ -47,6 +49,8 @@ def page_scores(query: Tensor, stats: Tensor, *, logical: bool = False) -> Tenso
 
     Returns fp32 (fp64 for fp64 queries) `[B, Hq, pages]`, with `logical` `[B, Hq, pages, G]`; -inf where there is no
     token. Not differentiable.
+
+    Raises ValueError for shapes that do not fit.
     """
     if query.dim() != 3 or stats.dim() != 6 or stats.shape[4] != 2 or stats.shape[5] != query.shape[2]:
         raise ValueError(
@@ -71,6 +75,8 @@ def select_pages(scores: Tensor, last: Tensor, *, count: int) -> Tensor:
 
     Returns int64 `[B, H, min(count, pages)]` in no order, -1 where there are fewer. On equal scores the later page
     wins.
+
+    Raises ValueError for shapes that do not fit.
     """
     require_int("count", count, 0)
     if scores.dim() != 3 or last.shape != scores.shape[:1] or last.is_floating_point():

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from hf_attn.call import TokenLayout
 from hf_attn.checks import require_int, require_one_of
-from hf_attn.ops.backend import autocast, check_qkv, choose_path, resolve_tokens
+from hf_attn.ops.backend import Rows, autocast, check_qkv, choose_path, resolve_tokens
 
 LEVELS = (1, 2, 4, 8)
 MODES = ("threshold", "quantile", "energybound")
 ESTIMATORS = ("softmax", "rowmax")
 TAILS = ("replicate", "exact")
+
+
+@overload
+def pyramid_attention(
+    query: Tensor, key: Tensor, value: Tensor, levels: Tensor, *, block_q: int, block_k: int, causal: bool = ...,
+    scale: float | None = ..., tail: str = ..., return_lse: Literal[False] = ..., **rows: Unpack[Rows]
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def pyramid_attention(
+    query: Tensor, key: Tensor, value: Tensor, levels: Tensor, *, block_q: int, block_k: int, causal: bool = ...,
+    scale: float | None = ..., tail: str = ..., return_lse: Literal[True], **rows: Unpack[Rows]
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def pyramid_attention(
@@ -82,7 +97,9 @@ def pyramid_attention(
 
     run = op.run_reference if path == "reference" else op.pyramid_attention
     if path == "triton":
-        from hf_attn.ops.hfattn_sparse.pyramid.triton_op import pyramid_attention as run
+        from hf_attn.ops.hfattn_sparse.pyramid import triton_op
+
+        run = triton_op.pyramid_attention
     out, lse = run(query, key, value, levels, index, block_q, block_k, causal, scale, tail)
     return (out, lse) if return_lse else out
 
@@ -192,6 +209,8 @@ def sampled_importance(
 
     Returns:
         `[B, Hq, nq, nk]`, rows summing to 1, fp32 (fp64 for fp64 inputs). Not differentiable.
+
+    Raises ValueError for offsets that do not fit the blocks.
     """
     check_qkv(query, key, key)
     require_int("block_q", block_q, 1)
@@ -260,6 +279,8 @@ def assign_levels(
         cap: uint8 `[B, H, nk]` of `similarity_cap`, an upper limit of the level.
         causal: skip blocks above the diagonal, force the diagonal and the first column to level 1.
         last_text_blocks: with `causal`, last block rows and columns at level 1.
+
+    Raises ValueError for importances that are not `[B, H, nq, nk]`, or not square where `causal`.
     """
     check_rule(mode, bounds, min_full, align_divisor)
     if importance.dim() != 4:
@@ -342,7 +363,10 @@ def check_similarity(thresholds: Sequence[float]) -> list[float]:
 
 
 def check_causal(query: Tensor, key: Tensor, block_q: int, block_k: int, stride: int) -> None:
-    """Raise ValueError for calls whose antidiagonals do not exist."""
+    """Raise ValueError for calls whose antidiagonals do not exist.
+
+    query and key are `[B, Hq, Nq, D]` and `[B, Hkv, Nk, D]`.
+    """
     require_int("stride", stride, 1)
     if query.shape[2] != key.shape[2]:
         raise ValueError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from hf_attn.call import TokenLayout
 from hf_attn.checks import require_int
-from hf_attn.ops.backend import autocast, check_qkv, checks_enabled, choose_path, may_go_dense, resolve_tokens
+from hf_attn.ops.backend import Rows, autocast, check_qkv, checks_enabled, choose_path, may_go_dense, resolve_tokens
 
 
 def select_routes(
@@ -55,6 +56,20 @@ def select_routes(
 
     run = {"reference": op.select_routes_reference, "torch": op.select_routes, "triton": triton_op.select_routes}[path]
     return run(query.detach(), key.detach(), index, block_size, top_k, causal)
+
+
+@overload
+def routed_block_attention(
+    query: Tensor, key: Tensor, value: Tensor, routes: Tensor, *, block_size: int, causal: bool = ..., scale: float
+    | None = ..., return_lse: Literal[False] = ..., **rows: Unpack[Rows]
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def routed_block_attention(
+    query: Tensor, key: Tensor, value: Tensor, routes: Tensor, *, block_size: int, causal: bool = ..., scale: float
+    | None = ..., return_lse: Literal[True], **rows: Unpack[Rows]
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def routed_block_attention(

@@ -91,8 +91,8 @@ def select_blocks(
 
 def _rule(top_k: int | float | None, threshold: float | None, cumulative: float | None) -> tuple[str, float]:
     """Name and amount of the one rule that is given."""
-    given = {"top_k": top_k, "threshold": threshold, "cumulative": cumulative}
-    given = {name: value for name, value in given.items() if value is not None}
+    rules = {"top_k": top_k, "threshold": threshold, "cumulative": cumulative}
+    given = {name: value for name, value in rules.items() if value is not None}
     if len(given) != 1:
         raise ValueError(
             f"select_blocks takes exactly one of top_k, threshold and cumulative, got {', '.join(given) or 'none'}"

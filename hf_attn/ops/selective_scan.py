@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from hf_attn.ops.backend import choose_path
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., *, delta_bias: Tensor | None
+    = ..., delta_softplus: bool = ..., initial_state: Tensor | None = ..., return_state: Literal[False] = ..., mask:
+    Tensor | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., *, delta_bias: Tensor | None
+    = ..., delta_softplus: bool = ..., initial_state: Tensor | None = ..., return_state: Literal[True], mask: Tensor
+    | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def selective_scan(

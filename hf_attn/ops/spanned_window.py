@@ -52,13 +52,12 @@ def spanned_window_attention(
     _check(query, key, value, window, mode, num_heads)
     height, width = query.shape[2:]
     sizes = (window, window) if window > 0 else (height, width)
-    if attend is None:
-        attend = partial(scaled_dot_product_attention, scale=scale)
+    attend = partial(scaled_dot_product_attention, scale=scale) if attend is None else attend
     batch, one_window = query.shape[0], sizes == (height, width)
     modes = ("close", "remote") if mode == "hybrid" and not one_window else ("close" if one_window else mode,)
     # One call for both branches: their windows are independent rows of a batch.
-    parts = [torch.cat([_windows(x, num_heads, sizes, m) for m in modes]) for x in (query, key, value)]
-    outs = attend(*parts).unflatten(0, (len(modes), -1))
+    query, key, value = (torch.cat([_windows(x, num_heads, sizes, m) for m in modes]) for x in (query, key, value))
+    outs = attend(query, key, value).unflatten(0, (len(modes), -1))
     maps = [_unwindow(out, batch, (height, width), sizes, m) for out, m in zip(outs, modes, strict=True)]
     out = maps[0] if len(maps) == 1 else maps[0] + maps[1]
     return 2 * out if mode == "hybrid" and one_window else out

@@ -82,6 +82,8 @@ def gated_streaming_attention(
         full: `[B, Hq, N, Dv]`, full attention computed before (of the teacher, without gradient); None computes it.
 
     Returns `[B, Hq, N, Dv]`, differentiable in everything given.
+
+    Raises ValueError for shapes that do not fit, naming the argument.
     """
     query, key, value = autocast(query, key, value)
     check_qkv(query, key, value)

@@ -96,6 +96,7 @@ class BlockRankTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """As the host's."""
         batch, answers = PromptBatch(**{name: inputs[name] for name in _PARTS}), inputs["answers"]
         layer = self.ranker.score_layer
         with_lm = self.lm_weight > 0 and (not model.training or self._micro % self.lm_every == 0)

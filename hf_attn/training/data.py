@@ -21,7 +21,8 @@ def reference_text(held_out_every: int = 10) -> tuple[str, str]:
     names = sorted(topics)
     held_out = names[::held_out_every]
     train = [name for name in names if name not in set(held_out)]
-    return tuple("\n\n".join(topics[name].strip() for name in part) for part in (train, held_out))
+    kept, aside = ("\n\n".join(topics[name].strip() for name in part) for part in (train, held_out))
+    return kept, aside
 
 
 def byte_ids(text: str) -> list[int]:

@@ -102,7 +102,7 @@ def _files(package: str) -> list[Path]:
         if spec is None or spec.origin is None:
             raise ValueError(f"package {package!r} is not installed; remove it from the list, or pip install {package}")
         root = Path(spec.origin).parent
-        files, left_out = root.rglob("*.py"), {"tests", "test", "testing", "_vendor"}
+        files, left_out = list(root.rglob("*.py")), {"tests", "test", "testing", "_vendor"}
     return sorted(file for file in files if not left_out & set(file.relative_to(root).parts))
 
 

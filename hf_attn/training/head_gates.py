@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hf_attn.call import AttentionCall
 from hf_attn.checks import require_int
-from hf_attn.mechanism import Capabilities, Mechanism, MechanismConfig, get_mechanism
+from hf_attn.mechanism import Capabilities, Mechanism, MechanismConfig
+from hf_attn.mechanisms import lserve
 from hf_attn.ops import dense_attention, gated_streaming_attention
 
 MODES = ("teacher", "student", "deployed")
@@ -74,11 +75,12 @@ class TwoWayAttention:
             return self._full[layer]
         if self._mode == "deployed":
             heads = (self.gates[layer : layer + 1] >= 0.5).int().tolist()
-            lserve = get_mechanism("lserve")
-            return lserve.attend(call, lserve.config(heads=heads, ctx_sink=self.sink, ctx_local=self.local))
+            return lserve.attend(call, lserve.LServeConfig(heads=heads, ctx_sink=self.sink, ctx_local=self.local))
         alpha = self.gates[layer].to(call.query.device)
-        options = {"sinks": self.sink, "window": self.local, "scale": call.scale}
-        return gated_streaming_attention(call.query, call.key, call.value, alpha, full=self._full[layer], **options)
+        return gated_streaming_attention(
+            call.query, call.key, call.value, alpha,
+            full=self._full[layer], sinks=self.sink, window=self.local, scale=call.scale,
+        )  # fmt: skip
 
 
 def distillation_loss(teacher: Tensor, student: Tensor, labelled: Tensor) -> Tensor:
@@ -127,7 +129,9 @@ class GateTrainer:
         self.optimizer = torch.optim.AdamW([self.gates], lr=learning_rate, weight_decay=0.0)
         self.done = 0
 
-    def step(self, input_ids: Tensor, labelled: Tensor, reduce=None) -> dict[str, float]:
+    def step(
+        self, input_ids: Tensor, labelled: Tensor, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, float]:
         """One update on `input_ids` int64 `[B, N]` with the loss on `labelled` bool `[B, N]`; returns its figures.
 
         `reduce(tensor) -> tensor` averages the gradient and the loss over processes.

@@ -26,16 +26,21 @@ class WeightAverage(TrainerCallback):
     def __init__(self, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
-        self.decay, self.average = decay, {}
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """As the host's."""
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _AVERAGE
         found = load_file(saved) if state.global_step and saved.is_file() else _own(model).state_dict()
         device = next(model.parameters()).device
         self.average = {name: value.detach().to(device, copy=True) for name, value in found.items()}
 
     @torch.no_grad()
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """As the host's."""
         step = state.global_step
         rest = 1 - min(self.decay, (1 + step) / (10 + step))
         for name, value in _own(model).state_dict().items():
@@ -45,6 +50,7 @@ class WeightAverage(TrainerCallback):
                 self.average[name].copy_(value)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As the host's."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             save_file({name: value.contiguous() for name, value in self.average.items()}, folder / _AVERAGE)

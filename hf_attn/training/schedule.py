@@ -36,9 +36,11 @@ class TopKSchedule(TrainerCallback):
         return round(self.blocks * (self.target / self.blocks) ** (step / ramp))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """As the host's."""
         set_options(model, top_k=self.top_k(state.global_step, state.max_steps))
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """As the host's."""
         set_options(model, top_k=self.target)
 
 
@@ -58,12 +60,14 @@ class AttentionSwitch(TrainerCallback):
         self._before: str | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """As the host's."""
         if self._before is None and state.global_step >= self.after * state.max_steps:
             base = _base(model)
             self._before = base.config._attn_implementation
             base.set_attn_implementation(self.implementation)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """As the host's."""
         if self._before is not None:
             _base(model).set_attn_implementation(self._before)
             self._before = None

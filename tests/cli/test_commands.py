@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import hf_attn
@@ -15,10 +17,19 @@ from hf_attn.cli.app import app
 run = CliRunner().invoke
 
 
-@pytest.mark.parametrize("command", ["demo", "list", "doctor", "recipe"])
+def commands(node: Any = None, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every command and group of the command line, as its words."""
+    node = typer.main.get_command(app) if node is None else node
+    inner = [found for name, one in getattr(node, "commands", {}).items() for found in commands(one, (*path, name))]
+    return inner if not path else [path, *inner]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_help_has_an_example(command):
-    result = run(app, [command, "--help"])
-    assert result.exit_code == 0 and f"hf-attn {command}" in result.output
+    result = run(app, [*command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0 and f"hf-attn {' '.join(command)}" in result.output.replace("Usage: ", "", 1)
+    described = result.output.split("Options", 1)[0]
+    assert described.count(f"hf-attn {' '.join(command)}") >= 1 and len(described) > 80
 
 
 def test_version_and_no_arguments():

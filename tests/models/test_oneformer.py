@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -175,6 +176,7 @@ def dinat_config(**options):
     return DinatConfig(**sizes, dilations=[[5], [3], [1], [1]], out_features=STAGES, **options)
 
 
+@pytest.mark.skipif(version("transformers").startswith("5.17."), reason="5.17 needs torchvision's spec to be findable")
 def test_neither_scipy_nor_natten_nor_torchvision():
     """A DiNAT model predicts, trains, is saved and loaded in a process that cannot import them."""
     script = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,7 @@ def run_loss(model, seed=11, **options):
     return model(**inputs(), **labels(), **options)
 
 
+@pytest.mark.skipif(version("transformers").startswith("5.17."), reason="the host has no loss without text in 5.17")
 def test_loss_equals_the_hosts():
     """Same points (seeded), same assignment, same terms; gradients too."""
     theirs, model = stock(), ours()

@@ -76,9 +76,10 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` in query, key and value for a gradient `[B, H, S, Dv]` of its output, by recomputation."""
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-        out = attend(*leaves, mask, handle, numbers, scale, rank, ranks)
-    return torch.autograd.grad(out, leaves, grad)
+        query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
+        out = attend(query, key, value, mask, handle, numbers, scale, rank, ranks)
+    of_query, of_key, of_value = torch.autograd.grad(out, (query, key, value), grad)
+    return of_query, of_key, of_value
 
 
 def _dense_reason(state: PipelineState, site: Site, query: Tensor, step: int | None) -> str | None:

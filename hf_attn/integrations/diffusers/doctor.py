@@ -98,7 +98,7 @@ def doctor_repository(
     return report
 
 
-def _empty(cls: type, repository: str | PathLike, component: str) -> nn.Module:
+def _empty(cls: Any, repository: str | PathLike, component: str) -> nn.Module:
     """A component without weights."""
     with torch.device("meta"):
         return cls.from_config(cls.load_config(repository, subfolder=component))

@@ -68,7 +68,7 @@ class GridHook:
         text = get("encoder_hidden_states").shape[1]
         key = (ids._version, text)
         if self._read is None or self._read[0]() is not ids or self._read[1] != key:
-            self._read = weakref.ref(ids), key, self.row.geometry(module.config, get).tolist()
+            self._read = weakref.ref(ids), key, torch.as_tensor(self.row.geometry(module.config, get)).tolist()
         return self._read[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GridHook:
@@ -194,6 +194,7 @@ class StepHook(ModelHook):
         self.listener = _Listener(state)
 
     def reset_state(self, module: nn.Module) -> nn.Module:
+        """As the host's."""
         if self.listener.state is not None:
             self.listener.state.restart()
         return module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -136,7 +136,8 @@ def checked(name: str, options: dict[str, Any], source: str = "") -> tuple[Mecha
         raise ValueError(
             f"{name!r} does not support diffusers models; mechanisms that do: {', '.join(able) or '(none)'}"
         )
-    preset = mechanism.config.preset_for(source)
+    config = cast(type[DiffusionConfig], mechanism.config)  # what `capabilities.diffusers` says
+    preset = config.preset_for(source)
     if options.get("preset") == "auto":
         if preset is None:
             raise ValueError(
@@ -149,7 +150,7 @@ def checked(name: str, options: dict[str, Any], source: str = "") -> tuple[Mecha
             "%s: settings were published for %s; preset='auto' takes them (%r), without it the default options run",
             name, source, preset,
         )  # fmt: skip
-    return mechanism, mechanism.config.from_dict(options)
+    return mechanism, config.from_dict(options)
 
 
 def supported_models(target: Any) -> dict[str, nn.Module]:

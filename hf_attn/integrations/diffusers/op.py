@@ -69,7 +69,8 @@ def site_gradients(
     excluded = excluded.remove(torch._C.DispatchKey.AutogradFunctionality)
     with torch._C._ForceDispatchKeyGuard(included, excluded):
         found = gradients(query, key, value, mask, handle, numbers, grad, scale, rank, ranks)
-    return tuple(x.contiguous() for x in found)
+    of_query, of_key, of_value = (x.contiguous() for x in found)
+    return of_query, of_key, of_value
 
 
 @site_gradients.register_fake

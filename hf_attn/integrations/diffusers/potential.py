@@ -147,7 +147,7 @@ def _wan(c: Any, make: Make, f: int, h: int, w: int) -> dict[str, Any]:
 def _cogvideox(c: Any, make: Make, f: int, h: int, w: int) -> dict[str, Any]:
     patch_t = getattr(c, "patch_size_t", None) or 1
     f = -(-f // patch_t) * patch_t
-    inputs = dict(
+    inputs: dict[str, Any] = dict(
         hidden_states=make(1, f, c.in_channels, h, w), timestep=_time(make),
         encoder_hidden_states=make(1, c.max_text_seq_length, c.text_embed_dim),
     )  # fmt: skip
@@ -241,7 +241,7 @@ def _dit(c: Any, make: Make, f: int, h: int, w: int) -> dict[str, Any]:
 
 
 def _unet(c: Any, make: Make, f: int, h: int, w: int) -> dict[str, Any]:
-    inputs = dict(
+    inputs: dict[str, Any] = dict(
         sample=make(1, c.in_channels, h, w), timestep=_time(make), encoder_hidden_states=make(1, 77, _last(c))
     )
     if c.addition_embed_type == "text_time":

@@ -127,7 +127,7 @@ def site_call(
 
 
 @functools.cache
-def site_class(base: type) -> type:
+def site_class(base: Any) -> Any:
     """The subclass of a stock processor class that stands at sites."""
 
     @functools.wraps(base.__call__)  # Attention.forward drops arguments that are not in the signature
@@ -157,7 +157,8 @@ def can_stand_in(base: type) -> bool:
 
 def site_processor(stock: Any, state: PipelineState, site: Site, numbers: Tensor) -> SiteProcessor:
     """A processor for `site` that does what `stock` does."""
-    made = object.__new__(site_class(type(stock)))
+    kind: Any = type(stock)
+    made: Any = object.__new__(site_class(kind))
     attributes = dict(vars(stock))
     site.backend = attributes.pop("_attention_backend", None)
     vars(made).update(attributes)

@@ -154,6 +154,7 @@ class PipelineState:
         self._timestep_step = self._last_timestep = None
 
     def scheduler_stepped(self) -> None:
+        """The scheduler has made a step: the next calls belong to the one after."""
         self._scheduler_steps += 1
 
     def note_timestep(self, value: float) -> None:

@@ -19,6 +19,7 @@ class Pairs:
     visible: float | Tensor = 0.0
 
     def add(self, computed: float | Tensor, visible: float | Tensor) -> None:
+        """Add what one call computed and could see."""
         self.computed = self.computed + (computed.detach() if isinstance(computed, Tensor) else computed)
         self.visible = self.visible + (visible.detach() if isinstance(visible, Tensor) else visible)
 
@@ -118,7 +119,8 @@ def count_reason(reasons: Counter[str], reason: str) -> None:
 
 def totals(layers: dict[int | str, dict[str, Any]]) -> dict[str, Any]:
     """Sums over layers; `density` is again computed over visible pairs."""
-    dense, fallbacks = Counter(), Counter()
+    dense: Counter[str] = Counter()
+    fallbacks: Counter[str] = Counter()
     for layer in layers.values():
         dense.update(layer["dense_reasons"])
         fallbacks.update(layer["fallback_reasons"])

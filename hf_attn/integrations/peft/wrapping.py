@@ -13,6 +13,8 @@ def base_weight(model: nn.Module, name: str, adapter: str | None = None) -> tupl
     Args:
         model: the model inside a PeftModel, or any other.
         name: as in the model before PEFT.
+
+    `[out, in]` of a linear layer.
     """
     module: Any = model
     saved = False

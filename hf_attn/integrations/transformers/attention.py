@@ -135,7 +135,7 @@ def _attend(
     elif cache is not None:
         store = cache.open(host.resolved.config, getattr(module, "layer_idx", None), query.device)
     recording = not torch.compiler.is_compiling()
-    listener = {}
+    listener: dict[str, Any] = {}
     if recording:
         stats = stats_of(module)
         stats.begin(query.shape[2], tokens.k_len)

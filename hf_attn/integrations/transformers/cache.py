@@ -74,7 +74,9 @@ class StoreLayer(CacheLayerMixin):
         """The store, on `device`, for a layer that runs with `config`; ValueError when made for other options."""
         if config is not self._checked:
             self._checked = None
-            wanted, held = asdict(config.store_options(layer)), asdict(self.store.options)
+            made_for: Any = config  # whatever has a store has options for it, and the store remembers them
+            store: Any = self.store
+            wanted, held = asdict(made_for.store_options(layer)), asdict(store.options)
             different = [name for name in wanted if name not in _FORMAT and wanted[name] != held[name]]
             if different:
                 name = different[0]
@@ -93,12 +95,15 @@ class StoreLayer(CacheLayerMixin):
             self.store.to("cpu")
 
     def get_seq_length(self) -> int:
+        """As the host's."""
         return self.store.slots
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the host's."""
         return self.store.slots + int(query_length), 0
 
     def get_max_length(self) -> int:
+        """As the host's."""
         return -1
 
     def get_max_cache_shape(self) -> int:
@@ -111,12 +116,14 @@ class StoreLayer(CacheLayerMixin):
         return -1 if self.store.batch is None else self.store.batch
 
     def reset(self) -> None:
+        """As the host's."""
         self.waiting = False
         self.store.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens (a negative number), or, as older versions ask, all beyond a positive number."""
         self.waiting = False
+        tokens_to_remove = int(tokens_to_remove)  # 5.17 passes a tensor, which would become the count of slots
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.store.slots - tokens_to_remove, 0)
         self.store.crop(remove)
 
@@ -126,18 +133,22 @@ class StoreLayer(CacheLayerMixin):
         self.store.take_back(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As the host's."""
         self.store.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """As the host's."""
         if self.store.batch is not None:
             self.store.select_rows(torch.arange(self.store.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """As the host's."""
         if self.store.batch is not None:
             rows = torch.arange(self.store.batch)[indices.cpu()]
             self.store.select_rows(rows)
 
     def offload(self) -> None:
+        """As the host's."""
         self.offloaded = True
         if not self.waiting:
             self.store.to("cpu")
@@ -200,6 +211,7 @@ class StoreCache(Cache):
         return min((layer.get_seq_length() for layer in self.layers), default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As the host's."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if isinstance(layer, StoreLayer):
             return self.get_seq_length() + int(query_length), 0
@@ -265,8 +277,8 @@ def cache_report(cache: Cache) -> dict[str, Any]:
         if isinstance(layer, StoreLayer):
             for name, size in layer.store.bytes().items():
                 parts[name] = parts.get(name, 0) + size
-            held += layer.store.pages_held
-            read += int(layer.store.pages_read)
+            held += getattr(layer.store, "pages_held", 0)
+            read += int(getattr(layer.store, "pages_read", 0))
         elif getattr(layer, "keys", None) is not None:
             parts["dense layers"] += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
     allocated = parts.pop("allocated", 0) + parts["dense layers"]

@@ -49,7 +49,8 @@ class KeyHistory:
             raise ValueError("this cache was cropped further back than a key convolution can follow; start a new one")
         if layer not in self._rows:
             rows = key.new_zeros(key.shape[0], key.shape[1], self.needed + SPARE_ROWS, key.shape[3])
-            seen, valid = 0, 0
+            seen: int | Tensor = 0
+            valid: int | Tensor = 0
             if self.is_compileable:
                 seen, valid = (torch.zeros((), dtype=torch.long, device=key.device) for _ in range(2))
                 if not torch.compiler.is_compiling():
@@ -81,6 +82,7 @@ class KeyHistory:
 
         The model's layers are cropped by then, so the cache is of no use any more, and says so.
         """
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
         removed = abs(tokens_to_remove)
@@ -106,9 +108,11 @@ class KeyHistory:
                 self._seen[layer], self._valid[layer] = seen - removed, min(valid - removed, size)
 
     def activate_past_recording(self) -> None:
+        """As the host's."""
         self.record_past = True
 
     def reset(self) -> None:
+        """As the host's."""
         self._lost = False
         if self.is_compileable:
             for tensors in (self._rows, self._seen, self._valid):
@@ -119,12 +123,15 @@ class KeyHistory:
                 kept.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As the host's."""
         self._select(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """As the host's."""
         self._select(lambda rows: rows.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """As the host's."""
         self._select(lambda rows: rows[indices])
 
     def _select(self, choose: Any) -> None:
@@ -141,12 +148,15 @@ class KeyHistory:
     prefetch = offload
 
     def get_seq_length(self) -> Any:
+        """As the host's."""
         return self._host.get_seq_length()
 
     def get_mask_sizes(self, query_length: Any) -> tuple[Any, Any]:
+        """As the host's."""
         return self._host.get_mask_sizes(query_length)
 
     def get_max_length(self) -> int:
+        """As the host's."""
         return self._host.get_max_length()
 
 

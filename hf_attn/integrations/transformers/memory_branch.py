@@ -39,18 +39,22 @@ class MemoryEntry:
             state.crop(-tokens_to_remove if tokens_to_remove <= 0 else max(state.slots - tokens_to_remove, 0))
 
     def reset(self) -> None:
+        """As the host's."""
         self._states.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As the host's."""
         for state in self._states.values():
             state.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """As the host's."""
         for state in self._states.values():
             if state.batch is not None:
                 state.select_rows(torch.arange(state.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """As the host's."""
         for state in self._states.values():
             state.select_rows(indices)
 
@@ -60,12 +64,15 @@ class MemoryEntry:
     prefetch = offload
 
     def get_seq_length(self) -> Any:
+        """As the host's."""
         return self._host.get_seq_length()
 
     def get_mask_sizes(self, query_length: Any) -> tuple[Any, Any]:
+        """As the host's."""
         return self._host.get_mask_sizes(query_length)
 
     def get_max_length(self) -> int:
+        """As the host's."""
         return self._host.get_max_length()
 
 

@@ -32,12 +32,15 @@ class OwnLayer(CacheLayerMixin):
         raise ValueError(self.refusal)
 
     def get_seq_length(self) -> int:
+        """As the host's."""
         return self.kept.slots
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the host's."""
         return self.kept.slots + int(query_length), 0
 
     def get_max_length(self) -> int:
+        """As the host's."""
         return -1
 
     def get_max_cache_shape(self) -> int:
@@ -51,19 +54,24 @@ class OwnLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens (a negative number), or, as older versions ask, all beyond a positive number."""
+        tokens_to_remove = int(tokens_to_remove)
         self.kept.crop(-tokens_to_remove if tokens_to_remove <= 0 else max(self.kept.slots - tokens_to_remove, 0))
 
     def reset(self) -> None:
+        """As the host's."""
         self.kept.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As the host's."""
         self.kept.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """As the host's."""
         if self.kept.batch is not None:
             self.kept.select_rows(torch.arange(self.kept.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """As the host's."""
         self.kept.select_rows(indices)
 
     def offload(self) -> None:

@@ -56,8 +56,8 @@ class RecurrentCache(Cache):
 
         by_layer: dict[int, dict[str, Tensor]] = {}
         for name, tensor in load_file(os.fspath(path)).items():
-            index, _, state = name.partition(".")
-            by_layer.setdefault(int(index), {})[state] = tensor
+            number, _, state = name.partition(".")
+            by_layer.setdefault(int(number), {})[state] = tensor
         if set(by_layer) != set(range(len(self.layers))):
             raise ValueError(f"{path} holds states of {len(by_layer)} layers, this cache has {len(self.layers)}")
         for index, tensors in by_layer.items():

@@ -35,6 +35,7 @@ class QkvLinear(nn.Module):
         self.widths = [query_width, query_width, width]
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """`[..., C]` -> query, key and value `[..., widths]`."""
         return self.qkv(tokens).split(self.widths, -1)
 
 
@@ -63,7 +64,10 @@ class BilevelRoutingAttention(nn.Module):
             self.lepe = depthwise(width, self.config.side_dwconv)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Padding takes part: it is projected, read as keys, and cut off at the end."""
+        """Padding takes part: it is projected, read as keys, and cut off at the end.
+
+        maps: `[B, H, W, C]`, and so is what it returns.
+        """
         height, width = maps.shape[1:3]
         maps, region = self.to_whole_regions(maps)
         query, key, value = self.qkv(maps)
@@ -73,7 +77,10 @@ class BilevelRoutingAttention(nn.Module):
         return self.wo(out)[:, :height, :width]
 
     def to_whole_regions(self, maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The map with zeros below and to the right up to whole regions, and the size of a region."""
+        """The map with zeros below and to the right up to whole regions, and the size of a region.
+
+        maps: `[B, H, W, C]`.
+        """
         sides = maps.shape[1:3]
         region = self.region_of(*sides)
         if self.config.region_size:
@@ -116,15 +123,18 @@ class BilevelRoutingAttentionNchw(BilevelRoutingAttention):
             self.lepe = depthwise(width, self.config.side_dwconv)
 
     def forward(self, maps: Tensor) -> Tensor:
+        """`[B, H, W, C]` -> the same shape."""
         height, width = maps.shape[1:3]
         region = self.region_of(height, width)
         query, key, value = _over_channels_last(self.qkv_linear, maps).split(self.widths, -1)
         routes = self._routes(query, key, region)
         below, right = -height % region[0], -width % region[1]
-        padded = [pad(t, (0, 0, 0, right, 0, below)) if below or right else t for t in (query, key, value)]
-        out = self._attend(*padded, region, routes)[:, :height, :width]
+        local = value
+        if below or right:
+            query, key, value = (pad(t, (0, 0, 0, right, 0, below)) for t in (query, key, value))
+        out = self._attend(query, key, value, region, routes)[:, :height, :width]
         if hasattr(self, "lepe"):
-            out = out + _over_channels_last(self.lepe, value)
+            out = out + _over_channels_last(self.lepe, local)
         return _over_channels_last(self.output_linear, out)
 
     def region_of(self, height: int, width: int) -> tuple[int, int]:
@@ -140,11 +150,11 @@ class BilevelRoutingAttentionNchw(BilevelRoutingAttention):
     def _routes(self, query: Tensor, key: Tensor, region: tuple[int, int]) -> Tensor:
         """Means over what a region has of the map, without padding."""
         exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-        means = [
+        queries, keys = (
             avg_pool2d(t.permute(0, 3, 1, 2).to(exact), region, ceil_mode=True, count_include_pad=False).flatten(2).mT
             for t in (query, key)
-        ]
-        return best_regions(*means, self.top_k)
+        )
+        return best_regions(queries, keys, self.top_k)
 
 
 class FullAttention(nn.Module):
@@ -162,6 +172,7 @@ class FullAttention(nn.Module):
             self.lepe = depthwise(width, config.side_dwconv)
 
     def forward(self, maps: Tensor) -> Tensor:
+        """`[B, H, W, C]` -> the same shape."""
         qkv = self.qkv(maps.flatten(1, 2)).unflatten(-1, (3, FULL_HEADS, -1)).permute(2, 0, 3, 1, 4)
         out = attend(self, *qkv, scale=self.scale).transpose(1, 2).reshape(maps.shape)
         if hasattr(self, "lepe"):
@@ -177,6 +188,7 @@ class ChannelsLast(nn.Module):
         self.order = order
 
     def forward(self, maps: Tensor) -> Tensor:
+        """A map `[B, C, H, W]` or `[B, H, W, C]`, its axes in `order`."""
         return maps.permute(self.order)
 
 

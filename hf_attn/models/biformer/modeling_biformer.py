@@ -55,6 +55,7 @@ class BiFormerBlock(GradientCheckpointingLayer):
             self.gamma2 = nn.Parameter(torch.empty(width))
 
     def forward(self, maps: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         if hasattr(self, "pos_embed"):
             maps = maps + self.pos_embed(maps)
         maps = maps.permute(0, 2, 3, 1)
@@ -132,6 +133,7 @@ class BiFormerModel(BiFormerPreTrainedModel, VisionModel):
         self.post_init()
 
     def feature_maps(self, pixel_values: Tensor) -> list[Tensor]:
+        """The maps of `config.stage_names`, `[B, C, H, W]` each, of images `[B, 3, H, W]`."""
         maps = []
         # The layout of the blocks, from the start: depthwise convolutions take half the time in it.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -145,6 +147,7 @@ class BiFormerModel(BiFormerPreTrainedModel, VisionModel):
         return maps
 
     def pool(self, last: Tensor) -> Tensor:
+        """The last map `[B, C, H, W]` -> `[B, C]`, what the classifier takes."""
         return self.norm(last).mean((2, 3))
 
 
@@ -159,4 +162,5 @@ class BiFormerBackbone(VisionBackbone, BiFormerPreTrainedModel):
     """BiFormer for dense tasks: maps of stages, each through a LayerNorm of its channels."""
 
     def make_norm(self, channels: int) -> nn.Module:
+        """The norm of a feature map with `channels` channels."""
         return ChannelLayerNorm(channels)

@@ -18,7 +18,10 @@ OPTIONS_FILE = "blockrank.json"
 
 
 def load(source: str, base_model: Any, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
-    """Model, tokenizer, the options stored beside an adapter, and those given by the caller that are ours."""
+    """Model, tokenizer, the options stored beside an adapter, and those given by the caller that are ours.
+
+    Raises ValueError for a folder that is not what it is said to be: no adapter, another base, no base named.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     names = {field.name for field in fields(BlockRankConfig)}
@@ -48,7 +51,10 @@ def load(source: str, base_model: Any, options: dict[str, Any]) -> tuple[Any, An
 
 
 def save(ranker: Any, folder: str, metrics: dict[str, float] | None) -> None:
-    """Write everything `load` needs, and a card."""
+    """Write everything `load` needs, and a card.
+
+    Raises ValueError when `folder` is a file.
+    """
     path = Path(folder)
     if path.is_file():
         raise ValueError(f"{folder} is a file; name a folder")

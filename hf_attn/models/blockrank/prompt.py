@@ -59,6 +59,7 @@ class PromptBatch:
         return {n: getattr(self, n) for n in ("input_ids", "position_ids", "attention_mask")}
 
     def to(self, device: torch.device | str) -> PromptBatch:
+        """The same prompts on another device."""
         return PromptBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
 

@@ -72,7 +72,8 @@ class BlockRanker:
         if top_k is not None:
             require_int("top_k", top_k, 1)
         several = not isinstance(query, str)
-        queries, lists = (list(query), list(documents)) if several else ([query], [documents])
+        queries: list[Any] = list(query) if several else [query]
+        lists: list[Any] = list(documents) if several else [documents]
         ranked = []
         for scores, texts in zip(self._all_scores(queries, lists, batch_size), lists, strict=True):
             order = scores.argsort(descending=True, stable=True)[:top_k].tolist()
@@ -90,6 +91,8 @@ class BlockRanker:
         """Score of every (query, document) pair, fp32 `[pairs]`, as a CrossEncoder's `predict`.
 
         Pairs of the same query are one list, ranked together; a query with a single pair gets 1.
+
+        Raises ValueError for entries that are no pair.
         """
         groups: dict[str, list[int]] = {}
         for number, pair in enumerate(pairs):
@@ -110,7 +113,7 @@ class BlockRanker:
         found = first_layer_scores(self.model, batch, layers)
         return torch.stack([found[layer][0] for layer in layers]).cpu()
 
-    def _all_scores(self, queries: list[str], lists: list[Sequence[str]], batch_size: int) -> list[Tensor]:
+    def _all_scores(self, queries: list[str], lists: Sequence[Sequence[str]], batch_size: int) -> list[Tensor]:
         require_int("batch_size", batch_size, 1)
         if len(queries) != len(lists):
             raise ValueError(f"{len(queries)} queries need as many lists of documents, got {len(lists)}")

@@ -54,6 +54,8 @@ def first_layer_scores(model: Any, batch: PromptBatch, layers: Sequence[int]) ->
     """`captured_scores` of a pass that ends in the highest of `layers`.
 
     Raises ValueError when that layer does not run blockrank.
+
+    Scores by layer, fp32 `[B, heads, documents]`.
     """
     with captured_scores(model, batch, layers, stop=True) as found:
         model(**batch.model_inputs, use_cache=False)

@@ -17,5 +17,5 @@ class NatConfig(DinatConfig):
         ones = [[1] * depth for depth in self.depths]
         if self.dilations is not None and [list(stage) for stage in self.dilations] != ones:
             raise ValueError(f"a NAT model has no dilation, got dilations={self.dilations}; use DinatConfig for DiNAT")
-        self.dilations = ones
+        self.dilations: list[list[int]] = ones
         super().__post_init__(**kwargs)

@@ -69,7 +69,7 @@ class NatAttnForImageClassification(DinatAttnForImageClassification):
         self.post_init()
 
     @property
-    def dinat(self) -> NatAttnModel:
+    def dinat(self) -> NatAttnModel:  # type: ignore[override]  # the host assigns it, in a constructor of its own
         """The encoder under the name that the host's forward uses."""
         return self.nat
 

@@ -99,8 +99,9 @@ class EMOv2Config(VisionConfig):
     @property
     def window_sizes(self) -> list[int]:
         """Window of every stage."""
-        same = isinstance(self.window_size, int)
-        return [self.window_size] * len(self.depths) if same else list(self.window_size)
+        if isinstance(self.window_size, int):
+            return [self.window_size] * len(self.depths)
+        return list(self.window_size)
 
     def validate_architecture(self) -> None:
         """Raise ValueError for fields that do not fit together."""

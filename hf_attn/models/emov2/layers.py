@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_attn import ops
 from hf_attn.models.vision.attention import attend
 from hf_attn.models.vision.layers import ChannelLayerNorm, DropPath
+from hf_attn.ops.spanned_window import Mode
 
 EPS = 1e-6
-ACTIVATIONS = {"silu": silu, "gelu": gelu, "relu": relu}
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"silu": silu, "gelu": gelu, "relu": relu}
 
 
 class EMOv2LayerNorm(nn.Module):
@@ -26,6 +28,7 @@ class EMOv2LayerNorm(nn.Module):
         self.norm = ChannelLayerNorm(channels, eps=EPS)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         return self.norm(hidden)
 
 
@@ -56,11 +59,12 @@ class EMOv2ConvLayer(nn.Module):
         self.act = act
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> `[B, channels_out, H / stride, W / stride]`."""
         hidden = self.norm(self.conv(hidden))
         if self.act is None:
             return hidden
         # The maps are large and memory is what costs: without gradients nobody else needs the convolution's output.
-        in_place = {} if self.act == "gelu" or torch.is_grad_enabled() else {"inplace": True}
+        in_place: dict[str, bool] = {} if self.act == "gelu" or torch.is_grad_enabled() else {"inplace": True}
         return ACTIVATIONS[self.act](hidden, **in_place)
 
 
@@ -72,6 +76,7 @@ class EMOv2ConvExpansion(nn.Module):
         self.net = EMOv2ConvLayer(dim, mid, bias=bias, act=act)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, dim, H, W]` -> `[B, mid, H, W]`."""
         return self.net(hidden)
 
 
@@ -85,7 +90,7 @@ class EMOv2AttentionExpansion(nn.Module):
     is_causal = False
 
     def __init__(
-        self, dim: int, mid: int, act: str, bias: bool, *, head_dim: int, window: int, mode: str, config: Any = None
+        self, dim: int, mid: int, act: str, bias: bool, *, head_dim: int, window: int, mode: Mode, config: Any = None
     ) -> None:
         super().__init__()
         self.num_heads, self.scale = dim // head_dim, head_dim**-0.5
@@ -94,6 +99,7 @@ class EMOv2AttentionExpansion(nn.Module):
         self.v = EMOv2ConvLayer(dim, mid, bias=bias, act=act)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, dim, H, W]` -> `[B, mid, H, W]`."""
         height, width = hidden.shape[2:]
         if self.window > 0:
             below, right = -height % self.window, -width % self.window
@@ -122,6 +128,7 @@ class EMOv2LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((1, channels, 1, 1), float(value)))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         return self.gamma * hidden
 
 
@@ -163,12 +170,13 @@ class EMOv2Block(GradientCheckpointingLayer):
         mid = int(dim_in * expand_ratio)
         self.has_skip = has_skip and dim_in == dim_out and stride == 1
         self.norm = make_norm(norm, dim_in)
+        expand: nn.Module
         if expansion == "conv":
             expand = EMOv2ConvExpansion(dim_in, mid, act, qkv_bias)
         else:
             check_heads(dim_in, mid, head_dim)
             expand = EMOv2AttentionExpansion(
-                dim_in, mid, act, qkv_bias, head_dim=head_dim, window=window, mode=expansion, config=config
+                dim_in, mid, act, qkv_bias, head_dim=head_dim, window=window, mode=cast(Mode, expansion), config=config
             )
         self.eops = nn.ModuleList([expand])
         self.conv_local = EMOv2ConvLayer(mid, mid, kernel, stride, depthwise=True, norm=True, act="silu")

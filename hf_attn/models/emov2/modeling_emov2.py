@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -46,7 +48,7 @@ def _stem(config: EMOv2Config) -> nn.Sequential:
 
 def _stage(config: EMOv2Config, stage: int, rates: list[float]) -> nn.ModuleList:
     ratio, dim = config.expand_ratios[stage], config.embed_dims[stage]
-    shared = {
+    shared: dict[str, Any] = {
         "norm": config.norm_types[stage],
         "act": config.act[stage],
         "kernel": config.kernel_sizes[stage],
@@ -88,6 +90,7 @@ class EMOv2Model(EMOv2PreTrainedModel, VisionModel):
         self.post_init()
 
     def feature_maps(self, pixel_values: Tensor) -> list[Tensor]:
+        """The maps of `config.stage_names`, `[B, C, H, W]` each, of images `[B, 3, H, W]`."""
         maps = [self.stage0(pixel_values)]
         for stage in range(1, len(self.config.depths) + 1):
             hidden = maps[-1]
@@ -97,6 +100,7 @@ class EMOv2Model(EMOv2PreTrainedModel, VisionModel):
         return maps
 
     def pool(self, last: Tensor) -> Tensor:
+        """The last map `[B, C, H, W]` -> `[B, C]`, what the classifier takes."""
         return self.norm(last).mean((2, 3))
 
 
@@ -111,4 +115,5 @@ class EMOv2Backbone(VisionBackbone, EMOv2PreTrainedModel):
     """EMOv2 for dense tasks: the maps of stages as they are, as the published detectors and segmenters read them."""
 
     def make_norm(self, channels: int) -> nn.Module:
+        """The norm of a feature map with `channels` channels."""
         return nn.Identity()

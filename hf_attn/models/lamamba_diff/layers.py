@@ -192,7 +192,7 @@ class LaMambaBlock(nn.Module):
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """x `[B, N, N, C]`, cond `[B, cond_dim]`"""
         signals = self.modulation(silu(self.cond_proj(cond)))[:, None, None].chunk(self.parts, -1)
-        layers = [(self.norm_ssm, self.ssm)] if self.scans else []
+        layers: list[tuple[nn.Module, nn.Module]] = [(self.norm_ssm, self.ssm)] if self.scans else []
         layers += [(self.norm_attn, self.attn)] if self.attends else []
         for number, (norm, layer) in enumerate([*layers, (self.norm_mlp, self.mlp)]):
             shift, scale, gate = signals[3 * number : 3 * number + 3]

@@ -103,7 +103,7 @@ class LaMambaDiffTransformer2DModel(ModelMixin, ConfigMixin):
         self.time_fc2 = nn.Linear(cond, cond)
         self.label_embed = nn.Embedding(num_classes + 1, cond)
 
-        options = {
+        options: dict[str, Any] = {
             "heads": num_heads, "state_size": ssm_state_size, "ssm_ratio": ssm_ratio, "conv": ssm_conv,
             "mlp_ratio": mlp_ratio, "continuous": continuous_scan, "backend": scan_backend, "mixers": mixers,
         }  # fmt: skip
@@ -176,7 +176,7 @@ class LaMambaDiffTransformer2DModel(ModelMixin, ConfigMixin):
                 x = block(x, cond)
         return x
 
-    def _condition(self, hidden_states: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+    def _condition(self, hidden_states: Tensor, timestep: Tensor | int | float, labels: Tensor | None) -> Tensor:
         batch, device, null = hidden_states.shape[0], hidden_states.device, self.config.num_classes
         times = torch.as_tensor(timestep, device=device).reshape(-1).expand(batch)
         waves = get_timestep_embedding(times, TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)

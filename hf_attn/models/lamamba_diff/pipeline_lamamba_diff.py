@@ -103,8 +103,8 @@ class LaMambaDiffPipeline(DiTPipeline):
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
-        images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return self.numpy_to_pil(images) if output_type == "pil" else images
+        arrays = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
 
     def _step_options(self, generator: Any) -> dict[str, Any]:
         """Schedulers that draw noise take the generator."""

@@ -21,7 +21,10 @@ OPTIONS = [f.name.removeprefix(_PREFIX) for f in fields(LandmarkConfig) if f.nam
 def configure(
     base: PreTrainedConfig, config_class: type[PreTrainedConfig], options: dict[str, Any]
 ) -> PreTrainedConfig:
-    """Config of the converted model. `token_id` is the next free id unless given; `rewrite` makes its row."""
+    """Config of the converted model. `token_id` is the next free id unless given; `rewrite` makes its row.
+
+    Raises ValueError for unknown options, and for a base that landmarks do not fit.
+    """
     for name in options:
         if name not in OPTIONS:
             raise ValueError(

@@ -23,6 +23,7 @@ from hf_attn.integrations.transformers.landmark_cache import LandmarkCache
 from hf_attn.integrations.transformers.stats import stats_of
 from hf_attn.mechanisms._landmark import Chunk, Retrieval, Rotary, attend_chunk
 from hf_attn.models.checkpoint import CardOnPush
+from hf_attn.models.host import HostAttention
 from hf_attn.models.key_convolution import neighbours
 from hf_attn.models.landmark.configuration_landmark import check, chunk_tokens
 from hf_attn.models.landmark.insertion import Expanded, chunks, expand
@@ -52,7 +53,7 @@ class CachedStep:
     retrieval: Retrieval
 
 
-class LandmarkAttention:
+class LandmarkAttention(HostAttention):
     """Attention with a grouped softmax, over whole rows or over retrieved blocks and a chunk."""
 
     def forward(
@@ -270,7 +271,7 @@ class LandmarkForCausalLM(CardOnPush):
 
 
 # generate reads the names of arguments (which of `cache` and `past_key_values` this version has, logits_to_keep).
-LandmarkForCausalLM.forward.__signature__ = inspect.signature(LlamaForCausalLM.forward)
+setattr(LandmarkForCausalLM.forward, "__signature__", inspect.signature(LlamaForCausalLM.forward))  # noqa: B010
 
 
 def _segments(ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

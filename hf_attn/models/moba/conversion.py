@@ -16,7 +16,10 @@ _MODULE = "hf_attn.models.moba.modeling_moba"
 def configure(
     base: PreTrainedConfig, config_class: type[PreTrainedConfig], options: dict[str, Any]
 ) -> PreTrainedConfig:
-    """Config of the converted model; the convolution goes into the layers that will run MoBA."""
+    """Config of the converted model; the convolution goes into the layers that will run MoBA.
+
+    Raises ValueError for unknown options.
+    """
     options = dict(options)
     width = options.pop("kconv_width", 3)
     if width == 0:

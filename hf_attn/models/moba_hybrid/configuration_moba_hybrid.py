@@ -51,7 +51,7 @@ class MobaHybridConfig(configuration_moba.KeyConvolutionConfig, Qwen2Config):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
             count = self.num_hidden_layers
-            self.layer_types = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
+            self.layer_types: list[str] = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.kconv_layers is None:
@@ -63,6 +63,8 @@ class MobaHybridConfig(configuration_moba.KeyConvolutionConfig, Qwen2Config):
         """The paper's sizes: "340m" or "1b", with B=128 and k=8 (arXiv 2511.11571, section 5.1).
 
         `changes` replace single fields; `hf_attn=None` makes the dense counterpart.
+
+        Raises ValueError for an unknown one.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}")

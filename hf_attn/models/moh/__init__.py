@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from hf_attn.models.moh.configuration_moh import (
     MoHLlamaConfig,
     MoHMistralConfig,
@@ -21,14 +24,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """The model classes, imported when first asked for: a config alone should not load four modelling files."""
-    if name.startswith("MoHViT"):
-        from hf_attn.models.moh import modeling_moh_vit as modeling
-    elif name.startswith("MoH"):
-        from hf_attn.models.moh import modeling_moh as modeling
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if hasattr(modeling, name):
-        return getattr(modeling, name)
+    if name.startswith("MoH"):
+        modeling = importlib.import_module(f"{__name__}.modeling_moh{'_vit' if name.startswith('MoHViT') else ''}")
+        if hasattr(modeling, name):
+            return getattr(modeling, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,12 +40,15 @@ def measure_heads(model: nn.Module, rows: Tensor, *, features: bool) -> list[Lay
     The contribution of head i to a token is the length of what it adds, ||H_i W_O^i||. `features` also sums the moments
     of hidden states (and a constant) that `fit_router` needs: `(d + 1)^2` numbers a layer.
     """
-    found, inputs, hooks = [], {}, []
+    inputs: dict[int, Tensor] = {}
+    found: list[LayerMoments] = []
+    hooks = []
     for number, attention in enumerate(attentions(model).values()):
         weight = attention.o_proj.weight
         heads, width = weight.shape[1] // attention.head_dim, weight.shape[0]
-        zeros = [weight.new_zeros(size, dtype=torch.float32) for size in ((heads,), (width + 1, width + 1))]
-        found.append(LayerMoments(*zeros, weight.new_zeros(width + 1, heads, dtype=torch.float32)))
+        sizes = ((heads,), (width + 1, width + 1), (width + 1, heads))
+        first, second, third = (weight.new_zeros(size, dtype=torch.float32) for size in sizes)
+        found.append(LayerMoments(first, second, third))
         hooks.append(attention.register_forward_pre_hook(_keep_hidden(inputs, number), with_kwargs=True))
         hooks.append(attention.o_proj.register_forward_pre_hook(_add_moments(found[-1], inputs, number, features)))
     try:

@@ -23,8 +23,11 @@ _FIELDS = ("router", "top_k", "aux_coef", "router_scaling", "aux_form", "ste", "
 CALIBRATION_ROWS, CALIBRATION_LENGTH = 8, 256
 
 
-def configure_dit(base: dict[str, Any], model_class: type, options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the converted DiT: the same shared heads (the first ones) and `top_k` in every layer."""
+def configure_dit(base: Mapping[str, Any], model_class: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the converted DiT: the same shared heads (the first ones) and `top_k` in every layer.
+
+    Raises ValueError for unknown options and numbers of heads that do not fit.
+    """
     known = inspect.signature(model_class.__init__).parameters
     given = {key: value for key, value in base.items() if key in known}
     heads = given.get("num_attention_heads", known["num_attention_heads"].default)
@@ -46,7 +49,10 @@ def configure_dit(base: dict[str, Any], model_class: type, options: dict[str, An
 
 
 def prepare(load: Callable[[], nn.Module], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Replace a number of shared heads by those that contribute most, and fit a learned router to the rest."""
+    """Replace a number of shared heads by those that contribute most, and fit a learned router to the rest.
+
+    Raises ValueError for shared heads and calibration inputs that do not fit the model.
+    """
     options = dict(options)
     rows, pixels = options.pop("tokens", None), options.pop("pixels", None)
     shared, learned = options.get("shared_heads"), options.get("router") == "learned"
@@ -118,7 +124,10 @@ def _pixels(pixels: Any, tokens: Any) -> Tensor:
 def configure(
     base: PreTrainedConfig, config_class: type[PreTrainedConfig], options: dict[str, Any]
 ) -> PreTrainedConfig:
-    """Config of the converted model; it runs on `hf_attn_moh`, which skips the heads that are not chosen."""
+    """Config of the converted model; it runs on `hf_attn_moh`, which skips the heads that are not chosen.
+
+    Raises ValueError for unknown options.
+    """
     if isinstance(base, Mapping):
         return configure_dit(base, config_class, options)
     options = dict(options)

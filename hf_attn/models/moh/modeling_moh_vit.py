@@ -37,9 +37,9 @@ class MoHViTAttention(RoutedAttention, ViTAttention):
             projection(hidden_states).view(shape) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         routing = self.router(query if self.router.needs_query else hidden_states)
-        states = (x.transpose(1, 2) for x in (query, key, value))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         options = {"dropout": self.attention_dropout if self.training else 0.0, **kwargs}
-        out, weights = self.attend(routing, eager_attention_forward, *states, attention_mask, **options)
+        out, weights = self.attend(routing, eager_attention_forward, query, key, value, attention_mask, **options)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
@@ -64,10 +64,10 @@ class MoHViTForImageClassification(HeadRoutedHead, ViTForImageClassification):
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> MoHImageClassifierOutput:
+    ) -> MoHImageClassifierOutput | tuple[Any, ...]:
         """As the host's. `aux_loss` is the mean load-balance loss of the layers; training adds it to `loss`."""
-        out = super().forward(pixel_values, labels, interpolate_pos_encoding, attention_mask, **kwargs)
-        if not isinstance(out, dict):
+        out: Any = super().forward(pixel_values, labels, interpolate_pos_encoding, attention_mask, **kwargs)
+        if isinstance(out, tuple):
             return out
         loss, aux = self.add_load_balance(out.loss, attention_mask)
         return MoHImageClassifierOutput(

@@ -85,7 +85,10 @@ def build_segmentation(
 
 
 def build_backbone(config: OneFormerConfig) -> nn.Module:
-    """The backbone that `config.backbone_config` names; attention as the model's where it supports that."""
+    """The backbone that `config.backbone_config` names; attention as the model's where it supports that.
+
+    Raises ValueError for a backbone without an AutoBackbone class, or with other feature maps than `strides`.
+    """
     inner = config.backbone_config
     if inner.model_type in ("dinat", "nat"):
         kind, build = DinatAttnBackbone, DinatAttnBackbone

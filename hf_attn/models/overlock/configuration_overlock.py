@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -64,7 +64,7 @@ class OverlockConfig(VisionConfig):
     projection_dim: int = 1024
     use_aux_head: bool = True
     aux_loss_weight: float = 0.4
-    na_backend: str = "auto"
+    na_backend: Literal["auto", "tiled", "dense"] = "auto"
     crop_pct: float = 0.925
 
     thin_module: ClassVar[str] = "hf_attn.models.overlock"
@@ -106,8 +106,8 @@ class OverlockConfig(VisionConfig):
     def validate_architecture(self) -> None:
         """Raise ValueError for fields that do not fit together."""
         super().validate_architecture()
-        fours, twos = ("embed_dims", "depths", "kernel_sizes", "mlp_ratios", "ls_init_values"), ("sub_depths",)
-        twos += ("sub_mlp_ratios", "sub_num_heads")
+        fours = ("embed_dims", "depths", "kernel_sizes", "mlp_ratios", "ls_init_values")
+        twos = ("sub_depths", "sub_mlp_ratios", "sub_num_heads")
         for names, count in ((fours, 4), (twos, 2)):
             for name in names:
                 if len(getattr(self, name)) != count:

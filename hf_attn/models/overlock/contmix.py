@@ -62,7 +62,10 @@ class OverlockMixer(GradientCheckpointingLayer):
         return mixed if mixed.shape[2:] == (height, width) else adaptive_avg_pool2d(mixed, (height, width))
 
     def project_values(self, values: Tensor) -> Tensor:
-        """What is mixed, from the map `mix` is given."""
+        """What is mixed, from the map `mix` is given.
+
+        values: `[B, C, H, W]`, and so is what it returns.
+        """
         return values
 
     def _mix(self, query: Tensor, key: Tensor, values: Tensor) -> Tensor:
@@ -231,4 +234,5 @@ class ContMixBlock(OverlockMixer):
         return residual(out, self.mlp(self.norm2(out)), self.ls2, self.drop_path, self.res_scale)
 
     def project_values(self, values: Tensor) -> Tensor:
+        """As in the mixer, by a 1x1 convolution."""
         return self.weight_value(values)

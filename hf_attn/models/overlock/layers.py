@@ -19,6 +19,7 @@ class OverlockResidualConv(nn.Conv2d):
         super().__init__(channels, channels, kernel, padding=kernel // 2, groups=channels)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         return hidden + super().forward(hidden)
 
 
@@ -33,6 +34,7 @@ class OverlockGrn(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         size = torch.linalg.vector_norm(hidden, dim=(2, 3), keepdim=True)
         share = size / (size.mean(1, keepdim=True) + self.eps)
         # (gamma * share + 1) * x + beta, with the factor on one number a channel.
@@ -54,6 +56,7 @@ class OverlockSqueezeExcitation(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         return hidden * self.proj(hidden)
 
 
@@ -67,6 +70,7 @@ class OverlockLayerScale(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         return torch.addcmul(self.bias.view(1, -1, 1, 1), hidden, self.weight.view(1, -1, 1, 1))
 
 
@@ -78,7 +82,10 @@ def layer_scale(channels: int, value: float | None) -> nn.Module:
 def residual(
     skip: Tensor, branch: Tensor, scale: nn.Module, drop_path: Callable[[Tensor], Tensor], res_scale: bool
 ) -> Tensor:
-    """The two residual forms: scale(skip) + branch with `res_scale`, else skip + scale(branch)."""
+    """The two residual forms: scale(skip) + branch with `res_scale`, else skip + scale(branch).
+
+    skip and branch: `[B, C, H, W]`.
+    """
     return scale(skip) + drop_path(branch) if res_scale else skip + drop_path(scale(branch))
 
 

@@ -145,10 +145,14 @@ class OverlockModel(OverlockPreTrainedModel, VisionModel):
         self.post_init()
 
     def feature_maps(self, pixel_values: Tensor) -> list[Tensor]:
+        """The maps of `config.stage_names`, `[B, C, H, W]` each, of images `[B, 3, H, W]`."""
         return self.all_maps(pixel_values)[0]
 
     def all_maps(self, pixel_values: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The maps of `config.stage_names`, stage 3 of Base-Net, and the output of Overview-Net."""
+        """The maps of `config.stage_names`, stage 3 of Base-Net, and the output of Overview-Net.
+
+        pixel_values: `[B, 3, H, W]`; every map is `[B, C, H, W]`.
+        """
         if self.training and self.config.deploy:
             warnings.warn(
                 "this OverLoCK is reparameterised and in training mode: its large kernels have lost their branches, "
@@ -175,6 +179,7 @@ class OverlockModel(OverlockPreTrainedModel, VisionModel):
         return third, self.sub_blocks4[-1](hidden, context, coarse)
 
     def pool(self, last: Tensor) -> Tensor:
+        """The last map `[B, C, H, W]` -> `[B, C]`, what the classifier takes."""
         return last.mean((2, 3))
 
     @can_return_tuple
@@ -256,4 +261,5 @@ class OverlockBackbone(VisionBackbone, OverlockPreTrainedModel):
     """OverLoCK for dense tasks: maps of stages, each through a LayerNorm of its channels."""
 
     def make_norm(self, channels: int) -> nn.Module:
+        """The norm of a feature map with `channels` channels."""
         return ChannelLayerNorm(channels)

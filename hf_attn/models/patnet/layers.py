@@ -50,6 +50,7 @@ class RelativeBias(nn.Module):
         self.lookup_table_bias = nn.Parameter(torch.zeros(heads, 4 * ratio + 1))
 
     def forward(self, height: int, width: int) -> Tensor:
+        """`[heads, N, N]` for the N = height * width tokens of a map."""
         buckets = distance_buckets(height, width, self.ratio, self.lookup_table_bias.device)
         return self.lookup_table_bias[:, buckets + 2 * self.ratio]
 
@@ -68,6 +69,7 @@ class SelfAttention(nn.Module):
         self.rpe_k = RelativeBias(self.num_heads, config.rpe_ratio)
 
     def forward(self, maps: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         height, width = maps.shape[2:]
         tokens = maps.flatten(2).transpose(1, 2)
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -128,6 +130,7 @@ class PartialAttention(nn.Module):
             self.norm = ChannelLayerNorm(self.widths[1])
 
     def forward(self, maps: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         first, rest = maps.split(self.widths, 1)
         if hasattr(self, "gain"):
             rest = rest * (self.attn(rest) * self.gain)

@@ -39,6 +39,7 @@ class PatNetBlock(GradientCheckpointingLayer):
             self.layer_scale = nn.Parameter(torch.empty(width))
 
     def forward(self, maps: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         mixed = self.spatial_mixing(maps)
         if self.spatial_mixing.kind == "self":
             # Self-attention has a residual of its own, without stochastic depth.
@@ -67,6 +68,7 @@ class PatNetStage(nn.Module):
         self.blocks = nn.ModuleList([PatNetBlock(config, width, rate, kind=kind) for rate in rates])
 
     def forward(self, maps: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         for block in self.blocks:
             maps = block(maps)
         return maps
@@ -81,6 +83,7 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.Identity() if deploy else nn.BatchNorm2d(width)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """`[B, 3, H, W]` -> `[B, C, H / 4, W / 4]`."""
         return self.norm(self.proj(pixel_values))
 
     def reparameterize(self) -> None:
@@ -97,6 +100,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.Identity() if deploy else nn.BatchNorm2d(2 * width)
 
     def forward(self, maps: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> `[B, channels_out, H / 2, W / 2]`."""
         return self.norm(self.reduction(maps))
 
     def reparameterize(self) -> None:
@@ -161,6 +165,7 @@ class PatNetModel(PatNetPreTrainedModel, VisionModel):
         return self.config.feature_dim
 
     def feature_maps(self, pixel_values: Tensor) -> list[Tensor]:
+        """The maps of `config.stage_names`, `[B, C, H, W]` each, of images `[B, 3, H, W]`."""
         maps = [self.patch_embed(pixel_values)]
         found = maps[0]
         for layer in self.stages:
@@ -170,6 +175,7 @@ class PatNetModel(PatNetPreTrainedModel, VisionModel):
         return maps
 
     def pool(self, last: Tensor) -> Tensor:
+        """The last map `[B, C, H, W]` -> `[B, C]`, what the classifier takes."""
         return self.avgpool_pre_head(last).flatten(1)
 
 
@@ -184,4 +190,5 @@ class PatNetBackbone(VisionBackbone, PatNetPreTrainedModel):
     """PATNet for dense tasks: maps of stages, each through a batch norm."""
 
     def make_norm(self, channels: int) -> nn.Module:
+        """The norm of a feature map with `channels` channels."""
         return nn.BatchNorm2d(channels)

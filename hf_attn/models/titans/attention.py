@@ -31,11 +31,17 @@ class TitansAttention(nn.Module):
         return self.rotated(self._heads(self.q_proj(hidden)), positions)
 
     def keys_values(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys, rotated, and values."""
+        """Keys, rotated, and values.
+
+        hidden `[B, N, d]`, positions `[N]` or `[B, N]`; both are `[B, N, heads, D]`.
+        """
         return self.rotated(self._heads(self.k_proj(hidden)), positions), self._heads(self.v_proj(hidden))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """The output projection of attention with a mask of pairs, bool `[B | 1, Nq, Nk]`, true for what is seen."""
+        """The output projection of attention with a mask of pairs, bool `[B | 1, Nq, Nk]`, true for what is seen.
+
+        Raises ValueError for an implementation that does not take such masks.
+        """
         name = self.config._attn_implementation or "sdpa"
         if name not in IMPLEMENTATIONS:
             raise ValueError(
@@ -56,7 +62,10 @@ class TitansAttention(nn.Module):
         return projected.unflatten(-1, (-1, self.head_dim))
 
     def rotated(self, heads: Tensor, positions: Tensor) -> Tensor:
-        """Half-rotation (RoPE): features j and j + D/2 turn by position * rope_theta^(-2 j / D); angles in fp32."""
+        """Half-rotation (RoPE): features j and j + D/2 turn by position * rope_theta^(-2 j / D); angles in fp32.
+
+        heads: `[B, N, heads, D]`; positions: `[N]` or `[B, N]`.
+        """
         half = self.head_dim // 2
         steps = torch.arange(half, device=heads.device, dtype=torch.float32)
         angle = positions[..., None].float() * self.config.rope_theta ** (-steps / half)
@@ -119,7 +128,8 @@ def _in_blocks(
     mask = torch.cat([first[:, None], others[:, None].expand(-1, count - 1, -1, -1)], 1)
     mask = mask.expand(batch, -1, -1, -1).flatten(0, 1)
     if prefix is not None:
-        prefix = tuple(t[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1) for t in prefix)
+        key, value = (t[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1) for t in prefix)
+        prefix = (key, value)
     out = attention.attend(blocks(query).flatten(0, 1), *_with_prefix(prefix, pairs(*keys), pairs(*values), mask))
     return out.unflatten(0, (batch, count)).flatten(1, 2)[:, :length]
 

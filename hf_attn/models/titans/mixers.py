@@ -97,6 +97,9 @@ class TitansMemoryMixer(TitansMixer):
     def forward(
         self, hidden: Tensor, state: State | None = None, lengths: Tensor | None = None, *, frozen: bool = False
     ) -> tuple[Tensor, State]:
+        """Output `[B, N, d]` of hidden `[B, N, d]`, and the state behind it; lengths `[B]` counts real tokens, `frozen`
+        only reads.
+        """
         return self.memory(hidden, state, lengths, frozen=frozen)
 
 
@@ -106,6 +109,9 @@ class TitansGateMixer(TitansMixer):
     def forward(
         self, hidden: Tensor, state: State | None = None, lengths: Tensor | None = None, *, frozen: bool = False
     ) -> tuple[Tensor, State]:
+        """Output `[B, N, d]` of hidden `[B, N, d]`, and the state behind it; lengths `[B]` counts real tokens, `frozen`
+        only reads.
+        """
         state = state or {}
         stream, real, lead = self._led(hidden, state, lengths)
         remembered, new = self.memory(stream, state, real, frozen=frozen)
@@ -133,6 +139,9 @@ class TitansLayerMixer(TitansMixer):
     def forward(
         self, hidden: Tensor, state: State | None = None, lengths: Tensor | None = None, *, frozen: bool = False
     ) -> tuple[Tensor, State]:
+        """Output `[B, N, d]` of hidden `[B, N, d]`, and the state behind it; lengths `[B]` counts real tokens, `frozen`
+        only reads.
+        """
         state = state or {}
         stream, lengths, lead = self._led(hidden, state, lengths)
         remembered, new = self.memory(stream, state, lengths, frozen=frozen)
@@ -156,6 +165,9 @@ class TitansContextMixer(TitansMixer):
     def forward(
         self, hidden: Tensor, state: State | None = None, lengths: Tensor | None = None, *, frozen: bool = False
     ) -> tuple[Tensor, State]:
+        """Output `[B, N, d]` of hidden `[B, N, d]`, and the state behind it; lengths `[B]` counts real tokens, `frozen`
+        only reads.
+        """
         state = dict(state or {})
         query, state["x_tail"] = self.memory.query(hidden, state.get("x_tail"), lengths)
         if lengths is None and not isinstance(state.get("inside", 0), Tensor):
@@ -237,10 +249,10 @@ class TitansContextMixer(TitansMixer):
         place = _positions(inside, length, device) + lead
         query = attention.queries(hidden, place + config.segment_size)
         fixed = attention.keys_values(self._persistent(hidden.shape[0]).to(hidden.dtype), _positions(0, lead, device))
-        recalled = attention.keys_values(recalled, place)
+        remembered = attention.keys_values(recalled, place)
         own = attention.keys_values(hidden, place + config.segment_size)
         names = ("segment_recalled_key", "segment_recalled_value", "segment_key", "segment_value")
-        new = (*recalled, *own)
+        new = (*remembered, *own)
         old = [state.get(name, t[:, :0]) for name, t in zip(names, new, strict=True)]
         joined = [torch.cat([a.to(b.dtype), b], 1) for a, b in zip(old, new, strict=True)]
         keys = torch.cat([fixed[0], joined[0], joined[2]], 1)

@@ -32,6 +32,7 @@ class TitansNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., d]` -> the same shape."""
         return rms_norm(hidden, self.weight, self.eps)
 
 
@@ -45,6 +46,7 @@ class TitansFeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., d]` -> the same shape."""
         return self.down_proj(silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 

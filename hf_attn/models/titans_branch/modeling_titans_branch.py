@@ -18,6 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCau
 
 from hf_attn.integrations.transformers.memory_branch import memory_entry
 from hf_attn.models.checkpoint import CardOnPush
+from hf_attn.models.host import HostAttention
 from hf_attn.models.key_convolution import add_key_mask, neighbours
 from hf_attn.models.titans.modeling_titans import initialise_memory
 from hf_attn.models.titans_branch.configuration_titans_branch import (
@@ -61,7 +62,7 @@ class TitansBranch(nn.Module):
         return self.gain * read
 
 
-class TitansBranchAttention:
+class TitansBranchAttention(HostAttention):
     """The host's attention and, in the chosen layers, a branch beside it; None elsewhere."""
 
     titans: TitansBranch | None

@@ -88,7 +88,10 @@ class TnlConfig(ThinFileConfig, PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TnlConfig:
-        """A published size: 385m, 1b, 2-1b, 2-3b, 7b or 15b; `changes` replace single fields."""
+        """A published size: 385m, 1b, 2-1b, 2-3b, 7b or 15b; `changes` replace single fields.
+
+        Raises ValueError for an unknown one.
+        """
         if name not in PRESETS:
             raise ValueError(
                 f"unknown preset {name!r}{did_you_mean(name, list(PRESETS))}; presets: {', '.join(PRESETS)}"

@@ -27,7 +27,10 @@ from hf_attn.nn.decay import layer_slopes
 
 
 def srms_norm(hidden: Tensor, eps: float) -> Tensor:
-    """hidden / sqrt(mean(hidden^2) + eps) over the last dimension, in fp32; no weight (arXiv 2405.17381, eq. 8)."""
+    """hidden / sqrt(mean(hidden^2) + eps) over the last dimension, in fp32; no weight (arXiv 2405.17381, eq. 8).
+
+    hidden: `[..., d]`.
+    """
     exact = hidden.float() if hidden.dtype != torch.float64 else hidden
     return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype)
 
@@ -131,6 +134,7 @@ class TnlChannelMixer(nn.Module):
         self.l3 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """`[B, N, d]` -> the same shape."""
         return self.l3(self.l1(hidden) * self.l2(hidden))
 
 
@@ -146,6 +150,7 @@ class TnlDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden: Tensor, positions: Tensor, mask: Tensor | None, borders: Tensor | None, store: Any
     ) -> Tensor:
+        """hidden `[B, N, d]` -> the same shape; positions and mask `[B, N]`, borders of packed rows `[rows + 1]`."""
         hidden = hidden + self.token_mixer(srms_norm(hidden, self.eps), positions, mask, borders, store)
         return hidden + self.channel_mixer(srms_norm(hidden, self.eps))
 

@@ -39,7 +39,10 @@ _RIDGE = 1e-2
 def configure(
     base: PreTrainedConfig, config_class: type[PreTrainedConfig], options: dict[str, Any]
 ) -> PreTrainedConfig:
-    """Config of the converted model; an option `x` is the field `uoe_x`."""
+    """Config of the converted model; an option `x` is the field `uoe_x`.
+
+    Raises ValueError for unknown options.
+    """
     for name in options:
         if name not in _OPTIONS:
             raise ValueError(
@@ -55,6 +58,8 @@ def prepare(load: Callable[[], nn.Module], options: dict[str, Any]) -> tuple[dic
     """Without `calibration` gates are drawn at random; with it they are fitted to what each expert contributes.
 
     `calibration`: token ids int64 `[B, N]` of ordinary text, about 2000 tokens.
+
+    Raises ValueError for a `calibration` of another kind.
     """
     options = dict(options)
     ids = options.pop("calibration", None)
@@ -149,6 +154,8 @@ def order_neurons(model: PreTrainedModel, ids: Tensor, num_experts: int, *, laye
         ids: int64 `[B, N]`, about 2000 tokens of ordinary text.
         num_experts: as `mlp_experts` of the conversion.
         layers: indices; None for all.
+
+    Raises ValueError when num_experts does not divide intermediate_size.
     """
     chosen = range(model.config.num_hidden_layers) if layers is None else layers
     width = model.config.intermediate_size

@@ -35,6 +35,7 @@ from hf_attn import ops
 from hf_attn.caches.selected import SelectedTokens
 from hf_attn.integrations.transformers.selected import SelectedLayer
 from hf_attn.models.checkpoint import CardOnPush
+from hf_attn.models.host import HostModule
 from hf_attn.models.key_convolution import add_key_mask, neighbours
 from hf_attn.models.uoe.configuration_uoe import (
     UoeConfig,
@@ -53,7 +54,7 @@ UNCHOSEN = -3000.0
 EXTRA = 8
 
 
-class _Gated:
+class _Gated(HostModule):
     """Routing of one block; `uoe_gate` is new, everything else is the host's."""
 
     uoe_gate: nn.Linear
@@ -287,7 +288,10 @@ class UoeForCausalLM(CardOnPush):
         cls.forward = forward
 
     def add_balance(self, outputs: Any, labels: Tensor, mask: Any) -> Any:
-        """In training the loss plus uoe_balance * aux_loss, which is returned too."""
+        """In training the loss plus uoe_balance * aux_loss, which is returned too.
+
+        labels: int64 `[B, N]`; mask: `[B, N]` or None.
+        """
         found = [m.routing for m in self.modules() if isinstance(m, _Gated) and m.routing is not None]
         if not found or not self.training:
             return outputs

@@ -25,6 +25,7 @@ class DropPath(nn.Module):
         return branch * (kept / keep).to(branch.dtype)
 
     def extra_repr(self) -> str:
+        """As torch asks for it: what `print` shows."""
         return f"rate={self.rate}"
 
 
@@ -45,6 +46,7 @@ class ChannelLayerNorm(nn.LayerNorm):
         super().__init__(channels, eps=eps)
 
     def forward(self, maps: Tensor) -> Tensor:
+        """`[B, C, H, W]` -> the same shape."""
         normed = layer_norm(maps.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return normed.permute(0, 3, 1, 2)
 

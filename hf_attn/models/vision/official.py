@@ -38,7 +38,10 @@ class OfficialNames:
 
 
 def unwrap(state: Mapping) -> dict[str, Tensor]:
-    """The state dict inside a training checkpoint (`model`, `state_dict`, ...), without `module.` of data parallel."""
+    """The state dict inside a training checkpoint (`model`, `state_dict`, ...), without `module.` of data parallel.
+
+    Raises ValueError when it holds none.
+    """
     while not any(isinstance(value, Tensor) for value in state.values()):
         inner = next((state[name] for name in _WRAPPERS if isinstance(state.get(name), Mapping)), None)
         if inner is None:

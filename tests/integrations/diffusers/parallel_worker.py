@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
@@ -97,7 +98,9 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     torch.set_num_threads(1)
     hf_attn.register_mechanism(BAND)
-    for name, density in [("wan", 1.0), ("wan", 0.3), ("flux", 1.0), ("flux", 0.3), ("flux2", 0.3), ("qwen", 0.3)]:
+    models = [("wan", 1.0), ("wan", 0.3), ("flux", 1.0), ("flux", 0.3), ("flux2", 0.3)]
+    # In 0.38 Qwen-Image under Ulysses differs from one process by 2e-2 in diffusers itself, without a mechanism.
+    for name, density in models if version("diffusers").startswith("0.38.") else [*models, ("qwen", 0.3)]:
         check_model(name, density, rank, ranks)
     check_gradients(rank, ranks)
     print("ok")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import pytest
@@ -101,6 +102,8 @@ def test_a_wrong_grid_runs_dense_or_raises(strict):
 
 def test_a_mask_that_is_more_than_padding_runs_dense():
     tiny = build("ltx2")
+    if "video_self_attention_mask" not in inspect.signature(type(tiny.model).forward).parameters:
+        pytest.skip("no model of diffusers 0.38 takes such a mask")
     mask = torch.ones(1, 48, 48)
     mask[:, :, 40:] = 0
     stock = tiny.run(video_self_attention_mask=mask)

@@ -6,6 +6,7 @@ import copy
 import io
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -57,6 +58,10 @@ def test_caches_skip_sites_and_the_step_stays_right(cache, first):
     hf_attn.remove(tiny.target)
 
 
+@pytest.mark.skipif(
+    torch.accelerator.current_accelerator() is None and version("diffusers").startswith("0.38."),
+    reason="group offloading of diffusers 0.38 needs an accelerator",
+)
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "flux"])
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 def test_group_offload(name, kind):

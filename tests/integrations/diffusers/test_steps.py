@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 
 import pytest
 import torch
+from diffusers.models.cache_utils import CacheMixin
 
 import hf_attn
 from hf_attn.mechanism import observe
@@ -126,6 +128,8 @@ def test_a_bare_model_counts_changes_of_its_timestep():
 
 def test_a_bare_model_inside_contexts_follows_them():
     tiny = build("ltx2")
+    if "step_index" not in inspect.signature(CacheMixin.cache_context).parameters:
+        pytest.skip("contexts of diffusers 0.38 do not tell the step")
     hf_attn.apply(tiny.model, "band", density=0.3, min_tokens=0, dense_steps=0.5)
     for step in range(4):
         with tiny.model.cache_context("cond", step_index=step, num_inference_steps=4):

@@ -35,7 +35,7 @@ def load_host() -> ModuleType:
             utils.is_natten_available = before
 
 
-host = load_host()
+host: Any = load_host()
 
 
 class MendedNeighborhoodAttention(host.NeighborhoodAttention):

@@ -37,6 +37,7 @@ class LightningCache(MiniMaxCache):
         Cache.__init__(self, layers=layers)
 
     def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        """As the host's."""
         return self.layers[layer_idx].state.get("state")
 
     def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
@@ -104,6 +105,7 @@ class MendedModel(MiniMaxModel):
     """The host's decoder, which makes and takes caches that know their linear states."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's."""
         bound = inspect.signature(MiniMaxModel.forward).bind_partial(self, *args, **kwargs).arguments
         cache, wanted = bound.get(_CACHE), bound.get("use_cache")
         if cache is not None and not isinstance(cache, LightningCache):

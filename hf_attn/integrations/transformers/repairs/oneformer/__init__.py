@@ -78,7 +78,7 @@ def install(target: PreTrainedModel, **options: Any) -> Undo:
     except ValueError:
         restore(target)
         raise
-    steps = [restore, mend(target, config), become([target], MENDED.get(type(target), type(target)))]
+    steps: list[Undo] = [restore, mend(target, config), become([target], MENDED.get(type(target), type(target)))]
     if config.backbone_config.model_type in ("dinat", "nat"):
         steps.append(dinat.mend(target, config.backbone_config))
     return together(*steps)

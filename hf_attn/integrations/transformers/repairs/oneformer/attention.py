@@ -129,10 +129,10 @@ class RoutedMultiheadAttention(Routed, nn.MultiheadAttention):
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         states = [linear(x, w, b) for x, w, b in zip(sides, self.in_proj_weight.chunk(3), biases, strict=True)]
         heads = [x.reshape(x.shape[0], batch * self.num_heads, -1).transpose(0, 1) for x in states]
-        heads = [x.unflatten(0, (batch, self.num_heads)) for x in heads]
+        query, key, value = (x.unflatten(0, (batch, self.num_heads)) for x in heads)
         blocked = self._blocked(attn_mask, key_padding_mask, batch)
         out, weights = attend(
-            self, *heads, blocked, dropout_rate=self.dropout, is_causal=is_causal, need_weights=need_weights
+            self, query, key, value, blocked, dropout_rate=self.dropout, is_causal=is_causal, need_weights=need_weights
         )
         out = self.out_proj(out.permute(1, 0, 2, 3).reshape(length, batch, -1))
         if not need_weights:

@@ -113,7 +113,8 @@ class MendedDecoder(host.OneFormerTransformerDecoder):
         )[0].permute(1, 0, 2)
         queries = torch.cat([first, task_token], dim=0)
 
-        output, attentions, predictions = queries, (), []
+        output, predictions = queries, []
+        attentions: tuple[tuple[Tensor, ...], ...] = ()
         for index, layer in enumerate((*self.layers, None)):
             level = index % self.num_feature_levels
             *prediction, mask = self.forward_prediction_heads(output, mask_features, size_list[level])

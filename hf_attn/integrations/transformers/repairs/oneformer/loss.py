@@ -77,12 +77,14 @@ class MendedLoss(host.OneFormerLoss):
         if contrastive_temperature is not None:
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / contrastive_temperature)))
 
-    def loss_contrastive(self, contrastive_queries_logits: Tensor, text_queries: Tensor) -> dict[str, Tensor]:
+    def loss_contrastive(self, contrastive_queries_logits: Tensor, text_queries: Tensor | None) -> dict[str, Tensor]:
         """Both directions of the query-text cross entropy; with several ranks the others' images are negatives too.
 
         Both `[B, Q, c]`; B may differ between ranks. The mean over ranks that data parallelism takes of the gradients
         makes it that of the whole batch, when every rank has as many images.
         """
+        if text_queries is None:  # transformers 5.17 asks for this term without text too
+            return {}
         images, texts = (normalize(x.float().flatten(1), dim=-1) for x in (contrastive_queries_logits, text_queries))
         scale = self.logit_scale.exp().clamp(max=100)
         (all_images, first), (all_texts, _) = _gathered(images), _gathered(texts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
@@ -12,8 +12,13 @@ from hf_attn.checks import require_one_of
 from hf_attn.integrations.transformers.repairs.oneformer import pixel_decoder, text
 from hf_attn.ops.deformable import BACKENDS
 
+if TYPE_CHECKING:  # to a type checker the mixin is what it is put before
+    from transformers import PreTrainedModel as HostModel
+else:
+    HostModel = object
 
-class Mended:
+
+class Mended(HostModel):
     """What transformers asks a model class before it sets an implementation or checkpoints layers."""
 
     _supports_sdpa = True
@@ -27,7 +32,9 @@ class Mended:
     def _can_set_attn_implementation(cls) -> bool:
         return True
 
-    def set_attn_implementation(self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False):
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
+    ) -> None:
         """As the host's; a plain name goes to the backbone only where the backbone supports it."""
         if isinstance(attn_implementation, str):
             backbone = next(m for name, m in self.named_modules() if name.endswith("pixel_level_module.encoder"))
@@ -39,7 +46,9 @@ class Mended:
 class MendedOneFormerModel(Mended, host.OneFormerModel):
     """The host's model; text is needed only where a loss reads it."""
 
-    def forward(self, pixel_values: Tensor, task_inputs: Tensor, text_inputs: Tensor | None = None, **kwargs: Any):
+    def forward(
+        self, pixel_values: Tensor, task_inputs: Tensor, text_inputs: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """As the host's forward; task_inputs `[B, config.task_seq_len]`. Raises ValueError for other shapes."""
         check_inputs(self.config, pixel_values, task_inputs, text_inputs)
         return host_forward(self, pixel_values, task_inputs, text_inputs, **kwargs)
@@ -57,7 +66,7 @@ class MendedSegmentation(Mended, host.OneFormerForUniversalSegmentation):
         class_labels: list[Tensor] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ):
+    ) -> Any:
         """As the host's forward. Raises ValueError for inputs and labels that do not fit together."""
         check_inputs(self.config, pixel_values, task_inputs, text_inputs)
         check_labels(self.config, len(pixel_values), text_inputs, mask_labels, class_labels)

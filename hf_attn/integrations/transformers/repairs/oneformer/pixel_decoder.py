@@ -50,6 +50,8 @@ class MendedDeformableAttention(host.OneFormerPixelDecoderEncoderMultiscaleDefor
         weights = weights.unflatten(-1, points[1:])
         offsets = self.sampling_offsets(states).unflatten(-1, (*points, 2))
         wide = torch.promote_types(offsets.dtype, torch.float32)
+        if spatial_shapes_list is None:  # transformers 5.17 has the tensor alone
+            spatial_shapes_list = [(int(h), int(w)) for h, w in spatial_shapes.tolist()]
         sizes = torch.tensor([(w, h) for h, w in spatial_shapes_list], dtype=wide, device=offsets.device)
         locations = reference_points[:, :, None, :, None].to(wide) + offsets.to(wide) / sizes[:, None]
         out = ops.ms_deform_attn(value, spatial_shapes_list, locations, weights, backend=backend_of(self.config))
@@ -77,6 +79,7 @@ class MendedEncoderLayer(GradientCheckpointingLayer, host.OneFormerPixelDecoderE
             encoder_hidden_states=hidden_states,
             position_embeddings=position_embeddings,
             reference_points=reference_points,
+            spatial_shapes=spatial_shapes,
             spatial_shapes_list=spatial_shapes_list,
         )
         states = self.self_attn_layer_norm(hidden_states + dropout(out, self.dropout, self.training))
