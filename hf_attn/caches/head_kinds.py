@@ -1,4 +1,4 @@
-"""Retrieval and streaming heads of one layer: taking them out of a tensor and putting results together, in few calls."""
+"""Retrieval and streaming heads of one layer: taking them out of a tensor and joining results, in few calls."""
 
 from __future__ import annotations
 

@@ -129,8 +129,8 @@ def prepare(settings: Settings, model: Any, accelerator: Accelerator) -> GateTra
         found = load_heads(settings.start).gates
         if found.shape != gates.shape:
             raise SystemExit(
-                f"start={settings.start} has gates {tuple(found.shape)}, this model needs {tuple(gates.shape)} ([layers, "
-                "KV heads]); name the folder of a run with the same model"
+                f"start={settings.start} has gates {tuple(found.shape)}, this model needs {tuple(gates.shape)} "
+                "([layers, KV heads]); name the folder of a run with the same model"
             )
         gates = found.float()
     gates = gates.to(accelerator.device)
