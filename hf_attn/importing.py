@@ -11,8 +11,9 @@ from typing import Any
 
 def when_imported(name: str, tell: Callable[[ModuleType], None]) -> None:
     """Call `tell(module)` once the module `name` has been imported: now if it has been already. Harmless to repeat."""
-    if name in sys.modules:
-        tell(sys.modules[name])
+    # None there stands for a module whose import is forbidden.
+    if (module := sys.modules.get(name)) is not None:
+        tell(module)
     elif not any(isinstance(finder, _WhenImported) and finder.name == name for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported(name, tell))
 

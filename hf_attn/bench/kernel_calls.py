@@ -110,12 +110,12 @@ class KernelCall:
             return (op._init_fn if shape.device == "meta" else op)(*arguments)
 
     def exact(self, arguments: tuple[Any, ...]) -> Any:
-        """What the torch path finds in fp32 (fp64 for fp32)."""
+        """What the torch path finds in fp32 (fp64 for calls in fp32)."""
+        first = next(value for value in arguments if isinstance(value, Tensor))
+        wide = torch.float64 if first.dtype == torch.float32 else torch.float32
 
         def wider(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                return value
-            return value.to(torch.float64 if value.dtype == torch.float32 else torch.float32)
+            return value.to(wide) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         return _find(self.like)(*(wider(value) for value in arguments))
 

@@ -57,6 +57,64 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
+def device_times(functions: dict[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 2) -> dict[str, Timing]:
+    """Interleaved times on the GPU: each function is captured in a graph, so that the host's launches do not count.
+
+    A function that cannot be captured is called as it is. Short ones are replayed several times a sample. Each has run
+    once before, so that nothing is compiled here.
+    """
+    import torch
+
+    runs, times = {}, {}
+    for name, function in functions.items():
+        runs[name] = captured(function)
+        runs[name]()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        runs[name]()
+        torch.cuda.synchronize()
+        times[name] = time.perf_counter() - start
+    # A sample of a millisecond stands clear of what waiting for the device costs.
+    turns = {name: max(1, min(50, round(1e-3 / seconds))) for name, seconds in times.items()}
+
+    def sample(name: str) -> Callable[[], None]:
+        def several() -> None:
+            for _ in range(turns[name]):
+                runs[name]()
+
+        return several
+
+    found = interleaved(
+        {n: sample(n) for n in runs}, repeats=repeats, warmup=warmup, synchronize=torch.cuda.synchronize
+    )
+    return {name: Timing(tuple(s / turns[name] for s in timing.samples)) for name, timing in found.items()}
+
+
+def captured(function: Callable[[], object]) -> Callable[[], object]:
+    """A replay of the function's work on the GPU, or the function itself where it cannot be captured."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = function()
+    except RuntimeError:  # it waits for the device
+        torch.cuda.synchronize()
+        return function
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
 def paired_ratio(numerator: Timing, denominator: Timing) -> float:
     """Median over the rounds of numerator / denominator: both of one round saw the same machine."""
     return median(a / b for a, b in zip(numerator.samples, denominator.samples, strict=True))

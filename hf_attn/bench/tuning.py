@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from hf_attn.bench.kernel_calls import KernelCall, Shape, available_calls, table_head_dims
-from hf_attn.bench.timing import Timing, interleaved
+from hf_attn.bench.timing import Timing
 from hf_attn.ops.hfattn_sparse import launch
 from hf_attn.ops.hfattn_sparse.launch import Row
 
@@ -63,6 +64,9 @@ class Device(Protocol):
     """What tuning needs of a device; tests put another one in its place."""
 
     target: str
+
+    def prepare(self, pairs: list[tuple[Task, Config]]) -> None:
+        """Begin to look for the obstacles of many configurations."""
 
     def obstacle(self, task: Task, config: Config) -> str | None:
         """Why the configuration cannot run ("does not compile", "shared memory", "spills"), found by compiling."""
@@ -128,13 +132,12 @@ def _neighbours(name: str, value: int) -> list[int]:
     return [n for n in (value // 2, value, value * 2) if n == value or low <= n <= high]
 
 
-def tune_task(task: Task, device: Device, *, limit: int = 40) -> Outcome:
-    """Drop what does not fit by compiling, then what computes wrongly, then time the rest; the current one may stay."""
-    current = dict(launch.find_row(task.kernel, device.target, task.dtype, task.head_dim)["config"])
-    tried, fitting, dropped = candidates(current, limit), [], {}
+def tune_task(task: Task, device: Device, tried: list[Config]) -> Outcome:
+    """Drop what does not fit by compiling, then what computes wrongly, then time the rest; the first may stay."""
+    current, fitting, dropped = tried[0], [], {}
     for config in tried:
         reason = device.obstacle(task, config)
-        if reason is None:
+        if reason is None or (config == current and reason == "spills"):
             fitting.append(config)
         elif config == current:
             raise RuntimeError(f"the current configuration of {task.key} cannot run: {reason}")
@@ -153,26 +156,90 @@ def tune_task(task: Task, device: Device, *, limit: int = 40) -> Outcome:
     return Outcome(right[best], times[best] * 1e3, current, times[0] * 1e3, len(tried), dropped)
 
 
-def tune(tasks: list[Task], device: Device, output: Path, *, limit: int = 40) -> Iterator[tuple[Task, Outcome, bool]]:
-    """Tune task after task; each result is in the table `output` before the next starts.
+@dataclass
+class Search:
+    """Where the search for one task stands: rounds done, what was tried, the best so far; `end` says why it ended."""
 
-    A file beside the table notes what is done, so that an interrupted run goes on where it was; it is removed at the
-    end. Yields the task, its outcome, and whether it was found in that file.
+    task: Task
+    start: Config
+    rounds: int = 0
+    tried: list[Config] = field(default_factory=list)
+    outcome: Outcome | None = None
+    end: str = ""
+
+    @property
+    def best(self) -> Config:
+        return self.start if self.outcome is None else self.outcome.config
+
+    def next(self, limit: int) -> list[Config]:
+        """The best configuration and those of its neighbours that were not tried, at most `limit` in all."""
+        fresh = [c for c in candidates(self.best, 10**6) if c not in self.tried and c != self.best]
+        return [self.best, *fresh][:limit]
+
+    def take(self, found: Outcome, tried: list[Config], rounds: int) -> None:
+        """Add a round to the outcome; ends when the round brought nothing or was the last."""
+        self.rounds += 1
+        self.tried += [config for config in tried if config not in self.tried]
+        moved = found.config != self.best
+        if self.outcome is not None:
+            old = self.outcome
+            # Each round measures its own start again; the gain of all rounds is the product of theirs.
+            found.current_milliseconds *= old.current_milliseconds / old.milliseconds
+            found.current, found.tried = old.current, len(self.tried)
+            found.dropped = {k: old.dropped.get(k, 0) + found.dropped.get(k, 0) for k in {*old.dropped, *found.dropped}}
+        self.outcome = found
+        self.end = "" if moved and self.rounds < rounds else "settled"
+
+    def saved(self) -> dict[str, Any]:
+        return {"rounds": self.rounds, "tried": self.tried, "outcome": asdict(self.outcome) if self.outcome else None,
+                "end": self.end}  # fmt: skip
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.rounds, self.tried, self.end = saved["rounds"], saved["tried"], saved["end"]
+        self.outcome = Outcome(**saved["outcome"]) if saved["outcome"] else None
+
+
+def tune(
+    tasks: list[Task], device: Device, output: Path, *, limit: int = 40, rounds: int = 1, seconds: float = math.inf
+) -> Iterator[Search]:
+    """Tune tasks; each result is in the table `output` before the next starts.
+
+    In every round each task looks around its best configuration so far; one that stays where it is has settled. A task
+    whose call fails ends with the reason, and the others go on. A file beside the table notes what is done, so that an
+    interrupted run goes on where it was; it is removed when all have settled. After `seconds` nothing new is begun.
+    Yields every search that has ended; one found in that file has `rounds` as noted there.
     """
+    clock = time.monotonic
     progress = output.with_suffix(f".{device.target}.progress.json")
-    done = json.loads(progress.read_text()) if progress.is_file() else {}
+    known = json.loads(progress.read_text()) if progress.is_file() else {}
+    stop, searches = clock() + seconds, []
     for task in tasks:
-        if task.key in done:
-            yield task, Outcome(**done[task.key]), True
-            continue
-        outcome = tune_task(task, device, limit=limit)
-        row = {"target": device.target, "dtype": task.dtype, "head_dim": task.head_dim, "config": outcome.config}
-        rows = launch.read_table(output) if output.is_file() else {}
-        write_table(output, with_row(rows, task.kernel, row))
-        done[task.key] = asdict(outcome)
-        _write(progress, json.dumps(done, indent=1))
-        yield task, outcome, False
-    progress.unlink(missing_ok=True)
+        start = dict(launch.find_row(task.kernel, device.target, task.dtype, task.head_dim)["config"])
+        searches.append(Search(task, start))
+        if task.key in known:
+            searches[-1].restore(known[task.key])
+    yield from (search for search in searches if search.end)
+    while active := [search for search in searches if not search.end]:
+        plans = [search.next(limit) for search in active]
+        device.prepare([(s.task, config) for s, plan in zip(active, plans, strict=True) for config in plan])
+        for search, plan in zip(active, plans, strict=True):
+            if clock() > stop:
+                return
+            try:
+                found = tune_task(search.task, device, plan)
+            except RuntimeError as error:
+                search.end = f"failed: {error}".splitlines()[0]
+            else:
+                search.take(found, plan, rounds)
+                row = {"dtype": search.task.dtype, "head_dim": search.task.head_dim, "config": search.best}
+                rows = launch.read_table(output) if output.is_file() else {}
+                write_table(output, with_row(rows, search.task.kernel, {"target": device.target, **row}))
+            known[search.task.key] = search.saved()
+            _write(progress, json.dumps(known, indent=1))
+            if search.end:
+                yield search
+    if not any(search.end.startswith("failed") for search in searches):
+        progress.unlink(missing_ok=True)
 
 
 def with_row(table: dict[str, list[Row]], kernel: str, row: Row) -> dict[str, list[Row]]:
@@ -213,84 +280,6 @@ def default_output() -> Path:
             f"an installed package keeps its table; give --output FILE, and set {launch.TABLE_VARIABLE}=FILE to use it"
         )
     return Path(own)
-
-
-class Gpu:
-    """The device at hand."""
-
-    def __init__(self, repeats: int = 7) -> None:
-        if not torch.cuda.is_available():
-            raise RuntimeError(
-                "hf-attn tune needs a CUDA or ROCm device, and found none; `hf-attn tune --check` compiles every "
-                "configuration without one"
-            )
-        self.device = torch.device("cuda")
-        self.target = launch.target_of(self.device)
-        self.repeats = repeats
-        properties = torch.cuda.get_device_properties(self.device)
-        self._shared = getattr(properties, "shared_memory_per_block_optin", None) or properties.shared_memory_per_block
-        self._inputs: tuple[Task, tuple[Any, ...]] | None = None
-
-    def obstacle(self, task: Task, config: Config) -> str | None:
-        from hf_attn.ops.hfattn_sparse import aot
-
-        for program in aot.distinct(own_launches(task, self.target, config)):
-            try:
-                built = aot.compile_launch(program)
-            except Exception:  # whatever the compiler makes of a candidate, the next one may do
-                return "does not compile"
-            found = aot.problem(built, limit=self._shared)
-            if found is not None:
-                return "spills" if found.startswith("spills") else "shared memory"
-        return None
-
-    def wrong(self, task: Task, configs: list[Config]) -> list[bool]:
-        arguments = self._arguments(task)
-        exact = _tensors(task.call.exact(arguments))
-        errors = [_errors(self._run(task, arguments, config), exact) for config in configs]
-        allowed = [2 * (error + margin) for error, margin in errors[0]]
-        return [any(error > most for (error, _), most in zip(found, allowed, strict=True)) for found in errors]
-
-    def time(self, task: Task, configs: list[Config]) -> list[Timing]:
-        arguments = self._arguments(task)
-        runs = {
-            str(number): lambda config=config: self._run(task, arguments, config)
-            for number, config in enumerate(configs)
-        }
-        options = {"repeats": self.repeats, "warmup": 2, "synchronize": torch.cuda.synchronize}
-        return list(interleaved(runs, **options).values())
-
-    def _arguments(self, task: Task) -> tuple[Any, ...]:
-        if self._inputs is None or self._inputs[0] != task:
-            torch.manual_seed(0)
-            self._inputs = task, task.call.arguments(task.shape)
-        return self._inputs[1]
-
-    def _run(self, task: Task, arguments: tuple[Any, ...], config: Config) -> list[Tensor]:
-        with launch.forced_config(**{task.kernel: config}):
-            return _tensors(task.call.run(task.shape, arguments))
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
-
-
-def _errors(got: list[Tensor], exact: list[Tensor]) -> list[tuple[float, float]]:
-    """Of every result: the largest error, and one unit in the last place of the largest value.
-
-    Integers err by the share of entries that differ; a last digit of a score may decide one in a thousand.
-    """
-    found = []
-    for result, wanted in zip(got, exact, strict=True):
-        if not result.is_floating_point():
-            found.append((float((result != wanted).float().mean()), 1e-3))
-            continue
-        finite = wanted.isfinite()
-        error = torch.where(finite, result.to(wanted.dtype) - wanted, 0).abs().nan_to_num(float("inf"))
-        scale = torch.where(finite, wanted, 0).abs()
-        worst, largest = (float(t.max()) if t.numel() else 0.0 for t in (error, scale))
-        found.append((worst, torch.finfo(result.dtype).eps * largest))
-    return found
 
 
 @dataclass(frozen=True)

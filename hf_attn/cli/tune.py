@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,7 +20,11 @@ def tune(
     kernel: list[str] = typer.Option([], "--kernel", help="Only this kernel of the table; may be repeated."),
     dtype: list[str] = typer.Option(["bf16", "fp16", "fp32"], "--dtype", help="bf16, fp16, fp32; may be repeated."),
     output: Path = typer.Option(None, "--output", help="Table to write; default: the one of this source checkout."),
-    candidates: int = typer.Option(40, min=1, help="Configurations to try for each kernel, the current one included."),
+    head_dim: list[int] = typer.Option([], "--head-dim", help="64, 128 or 256; may be repeated; default all of them."),
+    candidates: int = typer.Option(12, min=1, help="Configurations of a round for each kernel, the best one included."),
+    rounds: int = typer.Option(3, min=1, help="Rounds of search, each around the best of the one before."),
+    jobs: int = typer.Option(None, min=1, help="Processes that compile; default: one for every CPU."),
+    minutes: float = typer.Option(None, min=0, help="Begin nothing new after this time; the next run goes on."),
     repeats: int = typer.Option(7, min=7, help="Interleaved repeats of each timing; the median counts."),
 ) -> None:
     """Time candidate configurations of every kernel on this GPU and write the best into the launch table.
@@ -39,7 +44,7 @@ def tune(
         elif target:
             raise ValueError("--target goes with --check; without it the target is the GPU at hand")
         else:
-            _tune(dtype, kernel, output, candidates, repeats)
+            _tune(dtype, kernel, head_dim, output, candidates, repeats, rounds, jobs, minutes)
             passed = True
     if not passed:
         raise typer.Exit(1)
@@ -50,25 +55,53 @@ def _progress() -> Progress:
     return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
 
 
-def _tune(dtypes: list[str], kernels: list[str], output: Path | None, candidates: int, repeats: int) -> None:
+def _tune(
+    dtypes: list[str],
+    kernels: list[str],
+    head_dims: list[int],
+    output: Path | None,
+    candidates: int,
+    repeats: int,
+    rounds: int,
+    jobs: int | None,
+    minutes: float | None,
+) -> None:
     from hf_attn.bench import tuning
+    from hf_attn.bench.tuning_gpu import Gpu
 
-    device = tuning.Gpu(repeats)
+    device = Gpu(repeats, jobs)
     output = tuning.default_output() if output is None else output
     tasks = tuning.find_tasks(device.target, "cuda", dtypes, kernels)
-    changed, start = 0, time.perf_counter()
-    with _progress() as progress:
-        bar = progress.add_task("tuning", total=len(tasks))
-        for task, outcome, known in tuning.tune(tasks, device, output, limit=candidates):
-            gain = outcome.current_milliseconds / outcome.milliseconds
-            changed += outcome.config != outcome.current
-            note = "done before" if known else f"{outcome.tried} tried, {sum(outcome.dropped.values())} dropped"
-            progress.console.print(
-                f"{task.key}: {outcome.milliseconds:.3f} ms, {gain:.2f}x of before ({note})", highlight=False
-            )
-            progress.update(bar, advance=1, description=task.kernel)
+    known = sorted({task.head_dim for task in tasks})
+    for size in head_dims:
+        require_one_of("--head-dim", str(size), tuple(map(str, known)))
+    tasks = [task for task in tasks if not head_dims or task.head_dim in head_dims]
+    changed, done, start = 0, 0, time.perf_counter()
+    limits = {"limit": candidates, "rounds": rounds} | ({} if minutes is None else {"seconds": 60 * minutes})
+    try:
+        with _progress() as progress:
+            bar = progress.add_task("tuning", total=len(tasks))
+            for search in tuning.tune(tasks, device, output, **limits):
+                progress.console.print(f"{search.task.key}: {_ending(search)}", highlight=False)
+                progress.update(bar, advance=1, description=search.task.kernel)
+                changed += search.best != search.start
+                done += 1
+    finally:
+        device.close()
     seconds = time.perf_counter() - start
-    console.print(f"{len(tasks)} kernels on {device.target}, {changed} changed, {seconds:.0f} s; wrote {output}")
+    console.print(
+        f"{done} of {len(tasks)} tasks on {device.target}, {changed} changed, {seconds:.0f} s; wrote {output}"
+    )
+
+
+def _ending(search: Any) -> str:
+    outcome = search.outcome
+    if search.end.startswith("failed") or outcome is None:
+        return search.end
+    settings = " ".join(f"{name}={value}" for name, value in outcome.config.items())
+    gain = outcome.current_milliseconds / outcome.milliseconds
+    counts = f"{outcome.tried} tried in {search.rounds} rounds, {sum(outcome.dropped.values())} dropped"
+    return f"{outcome.milliseconds:.3f} ms, {gain:.2f}x of before with {settings} ({counts})"
 
 
 def _check(targets: list[str], dtypes: list[str], kernels: list[str]) -> bool:

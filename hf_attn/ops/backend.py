@@ -134,11 +134,16 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+# Others, meta among them, do not even say whether autocast is on. Asked here, for torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    name for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(name)
+)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype when autocast is on for their device (custom ops are opaque to it)."""
     device = tensors[0].device.type
-    # Devices without autocast, meta among them, do not even answer the question.
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

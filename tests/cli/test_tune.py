@@ -12,9 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from hf_attn.bench import tuning
+from hf_attn.bench import tuning, tuning_gpu
 from hf_attn.bench.kernel_calls import CALLS, Shape
-from hf_attn.bench.timing import Timing
+from hf_attn.bench.timing import Timing, interleaved
 from hf_attn.cli.app import app
 from hf_attn.ops.hfattn_sparse import launch
 
@@ -29,6 +29,9 @@ class Pretended:
     def __init__(self, best: dict[str, int], interrupt_after: int = 10**9) -> None:
         self.target, self.best, self.left, self.timed = "sm_99", best, interrupt_after, []
 
+    def prepare(self, pairs):
+        self.prepared = getattr(self, "prepared", 0) + len(pairs)
+
     def obstacle(self, task, config):
         return "shared memory" if config["CHUNK"] > 64 else None
 
@@ -41,6 +44,12 @@ class Pretended:
         self.left -= 1
         self.timed.append(task.key)
         return [Timing((1 + sum(abs(c[name] - self.best[name]) for name in c),) * 7) for c in configs]
+
+
+def tune_task(task: tuning.Task, device: Pretended) -> tuning.Outcome:
+    """One round around the table's configuration."""
+    current = launch.find_row(task.kernel, device.target, task.dtype, task.head_dim)["config"]
+    return tuning.tune_task(task, device, tuning.candidates(current, 40))
 
 
 def tasks(count: int) -> list[tuning.Task]:
@@ -57,12 +66,12 @@ def test_candidates_are_neighbours_the_current_one_first():
 
 def test_search_takes_the_fastest_that_fits_and_is_right():
     device = Pretended({"CHUNK": 128, "num_warps": 8})
-    outcome = tuning.tune_task(tasks(1)[0], device)
+    outcome = tune_task(tasks(1)[0], device)
     assert outcome.config == {"CHUNK": 64, "num_warps": 8} and outcome.milliseconds < outcome.current_milliseconds
     # CHUNK 32 is the current one; 64 fits; 16 computes wrongly in each of three numbers of warps.
     assert outcome.current == {"CHUNK": 32, "num_warps": 4} and outcome.dropped == {"wrong results": 3}
     with launch.forced_config():
-        current = tuning.tune_task(tasks(1)[0], Pretended({"CHUNK": 32, "num_warps": 4}))
+        current = tune_task(tasks(1)[0], Pretended({"CHUNK": 32, "num_warps": 4}))
     assert current.config == current.current
 
 
@@ -71,7 +80,7 @@ def test_no_change_for_what_repeats_differ_by():
         def time(self, task, configs):
             return [Timing((1 - 0.001 * number,) * 7) for number in range(len(configs))]
 
-    outcome = tuning.tune_task(tasks(1)[0], Even({}))
+    outcome = tune_task(tasks(1)[0], Even({}))
     assert outcome.config == outcome.current and outcome.milliseconds == outcome.current_milliseconds
 
 
@@ -82,12 +91,12 @@ def test_a_wrong_or_impossible_current_configuration_is_an_error():
 
     class Impossible(Pretended):
         def obstacle(self, task, config):
-            return "spills"
+            return "shared memory"
 
     with pytest.raises(RuntimeError, match="block_means bfloat16 64 computes wrongly"):
-        tuning.tune_task(tasks(1)[0], Wrong({}))
-    with pytest.raises(RuntimeError, match="cannot run: spills"):
-        tuning.tune_task(tasks(1)[0], Impossible({}))
+        tune_task(tasks(1)[0], Wrong({}))
+    with pytest.raises(RuntimeError, match="cannot run: shared memory"):
+        tune_task(tasks(1)[0], Impossible({}))
 
 
 def test_an_interrupted_run_goes_on_and_the_table_keeps_other_rows(tmp_path):
@@ -100,14 +109,38 @@ def test_an_interrupted_run_goes_on_and_the_table_keeps_other_rows(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         list(tuning.tune(tasks(3), first, output))
     assert first.timed == ["block_means bfloat16 64", "block_means bfloat16 128"]
-    known = [again for _, _, again in tuning.tune(tasks(3), second, output)]
-    assert known == [True, True, False] and second.timed == ["block_means bfloat16 256"]
+    ended = [search.task.head_dim for search in tuning.tune(tasks(3), second, output)]
+    assert ended == [64, 128, 256] and second.timed == ["block_means bfloat16 256"]
 
     rows = launch.read_table(output)
     assert rows["another"] == [other] and rows["block_means"][0] == other
     assert [(r["head_dim"], r["config"]) for r in rows["block_means"][1:]] == [(n, best) for n in (64, 128, 256)]
     assert [p.name for p in output.parent.iterdir()] == ["table.json"], "nothing is left behind"
     assert len(output.read_text().splitlines()) == 2 + 2 + 2 + 5, "one row a line"
+
+
+def test_rounds_walk_until_nothing_improves(tmp_path):
+    """From 32 to 64 chunks and from 4 warps to 1, one step a round; then the search has settled."""
+    device = Pretended({"CHUNK": 64, "num_warps": 1})
+    (search,) = tuning.tune(tasks(1), device, tmp_path / "table.json", limit=5, rounds=9)
+    assert search.best == {"CHUNK": 64, "num_warps": 1} and search.end == "settled" and 2 < search.rounds < 9
+    assert search.outcome.current == {"CHUNK": 32, "num_warps": 4} == search.start
+    assert search.outcome.current_milliseconds == pytest.approx(36e3) and search.outcome.milliseconds == 1e3
+    assert len(search.tried) == len({str(c) for c in search.tried}) and device.prepared >= search.outcome.tried
+    (last,) = tuning.tune(tasks(1), Pretended(device.best), tmp_path / "other.json", limit=5, rounds=1)
+    assert last.rounds == 1 and last.best != search.best
+
+
+def test_a_failing_task_does_not_end_the_others(tmp_path):
+    class Broken(Pretended):
+        def wrong(self, task, configs):
+            return [task.head_dim == 64] * len(configs)
+
+    output = tmp_path / "table.json"
+    found = list(tuning.tune(tasks(2), Broken({"CHUNK": 64, "num_warps": 8}), output))
+    assert found[0].end.startswith("failed: block_means bfloat16 64 computes wrongly") and found[1].end == "settled"
+    assert [row["head_dim"] for row in launch.read_table(output)["block_means"]] == [128]
+    assert list(tuning.tune(tasks(1), Pretended({}), tmp_path / "none.json", seconds=-1)) == []
 
 
 def test_own_table_comes_before_the_committed_one(tmp_path, monkeypatch):
@@ -146,10 +179,10 @@ def test_only_the_launches_of_the_kernel_are_its_own():
 def test_errors_are_counted_where_the_exact_result_is_finite():
     exact = torch.tensor([1.0, float("-inf"), 4.0], dtype=torch.float64)
     got = torch.tensor([1.5, float("-inf"), 4.0])
-    ((worst, unit),) = tuning._errors([got], [exact])
+    ((worst, unit),) = tuning_gpu._errors([got], [exact])
     assert worst == 0.5 and unit == torch.finfo(torch.float32).eps * 4
-    assert tuning._errors([got * float("nan")], [exact])[0][0] == float("inf")
-    assert tuning._errors([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == [(0.5, 1e-3)]
+    assert tuning_gpu._errors([got * float("nan")], [exact])[0][0] == float("inf")
+    assert tuning_gpu._errors([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == [(0.5, 1e-3)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -202,19 +235,19 @@ def test_the_device_at_hand_compares_and_times(monkeypatch):
     """The class for GPUs, on the interpreter: the call under each configuration, against the exact result."""
     if not launch.interpreting():
         pytest.skip("needs the interpreter")
-    device = object.__new__(tuning.Gpu)
+    device = object.__new__(tuning_gpu.Gpu)
     device.target, device.repeats, device._inputs = "interpreter", 7, None
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(tuning_gpu, "device_times", interleaved)
     shape = Shape(torch.float32, 8, q_len=130, k_len=260, heads=1, kv_heads=1, device="cpu")
     task = tuning.Task("block_means", "float32", 8, CALLS[0], shape)
     configs = [{"CHUNK": 64, "num_warps": 4}, {"CHUNK": 128, "num_warps": 4}]
     assert device.wrong(task, configs) == [False, False]
     assert [len(timing.samples) for timing in device.time(task, configs)] == [7, 7]
-    original = tuning.Gpu._run
+    original = tuning_gpu.Gpu._run
 
     def broken(self, task, arguments, config):
         results = original(self, task, arguments, config)
         return [r + 1 for r in results] if config == configs[1] else results
 
-    monkeypatch.setattr(tuning.Gpu, "_run", broken)
+    monkeypatch.setattr(tuning_gpu.Gpu, "_run", broken)
     assert device.wrong(task, configs) == [False, True]

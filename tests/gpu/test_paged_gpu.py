@@ -33,7 +33,7 @@ def case(name, dtype, *, dim=128, value_dim=128, pages=64, listed=16, group=4, p
     query = draw(batch, kv_heads * group, dim, dtype=dtype, seed=1)
     key, value = (draw(batch, kv_heads, pages * PAGE, d, dtype=dtype, seed=d + 2) for d in (dim, value_dim))
     heads = kv_heads * (group if per_head else 1)
-    lists = torch.rand(batch, heads, pages - 1, device="cuda").topk(listed - 1).indices
+    lists = torch.rand(batch, heads, pages - 1, device="cuda").topk(min(listed, pages) - 1).indices
     lists = torch.cat([lists, torch.full_like(lists[..., :1], pages - 1), torch.full_like(lists[..., :1], -1)], -1)
     length = torch.tensor([pages * PAGE - 5, pages * PAGE][:batch], device="cuda")
     return query, stored(key, name), stored(value, name), lists, length
@@ -155,4 +155,4 @@ def test_steps_of_lserve(group_select, kv_quant, monkeypatch):
             outs[backend].append(mechanism(call, config))
     torch.testing.assert_close(torch.cat(outs["triton"]), torch.cat(outs["torch"]), rtol=1e-4, atol=1e-4)
     counts = ops.path_counts()
-    assert counts["paged_attention | triton"] == 11 and counts["page_scores | triton"] >= 1
+    assert counts["paged_attention | triton"] == 12 and counts["page_scores | triton"] >= 1

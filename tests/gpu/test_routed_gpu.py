@@ -23,8 +23,11 @@ def draw(n: int, dim: int = 128, heads: int = 8, kv_heads: int = 2, dtype=torch.
 
 def assert_close(got: torch.Tensor, right: torch.Tensor, what: str) -> None:
     scale = max(1.0, float(right.abs().max()) / 4)  # gradients of popular keys are sums over many rows
+    right = right.detach()
     error = (got.float() - right).abs() / scale
-    assert error.max() <= MAX_ERROR and error.mean() <= MEAN_ERROR, (
+    # Rounding the truth to the result's type already costs this much on average.
+    rounding = float((right.to(got.dtype).float() - right).abs().mean()) / scale
+    assert error.max() <= MAX_ERROR and error.mean() <= MEAN_ERROR + rounding, (
         f"{what}: {error.max():.1e}, mean {error.mean():.1e}"
     )
 

@@ -144,7 +144,7 @@ def choose_blocks(
     if RULE >= 2:
         top = tl.max(tl.where(seen, score, -3.4e38), 1)
         weight = tl.where(seen, tl.exp(tl.where(seen, score - top[:, None], 0.0)), 0.0)
-        weight = weight / tl.maximum(tl.sum(weight, 1), 1e-38)[:, None]
+        weight = weight / tl.maximum(tl.sum(weight, 1), 1.2e-38)[:, None]
 
     goal = _goal(amount, units, visible, RULE)
     last = tl.where(_measure(key, weight, key >= 0, RULE) >= goal, 0, _HIDDEN)
@@ -230,7 +230,7 @@ def choose_blocks_in_pieces(
                 block = start + tl.arange(0, COLUMNS)[None, :]
                 score = tl.load(scores + block, mask=block < visible, other=-3.4e38)
                 total += tl.sum(tl.where(block < visible, tl.exp(score - top), 0.0), 1)
-        total = tl.maximum(tl.sum(total, 0), 1e-38)
+        total = tl.maximum(tl.sum(total, 0), 1.2e-38)
 
         goal = _goal(amount, units, visible, RULE)
         last = tl.full([], _HIDDEN, tl.int32)
