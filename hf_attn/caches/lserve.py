@@ -63,7 +63,7 @@ class LServeStore(LayerStore):
         )
         self._heads: dict[str, Any] = {}
         self._plan: HeadPlan | None = None
-        self._all_retrieve = options.retrieval is None or all(options.retrieval)
+        self.all_retrieve = options.retrieval is None or all(options.retrieval)
         self.reset()
 
     def reset(self) -> None:
@@ -192,7 +192,7 @@ class LServeStore(LayerStore):
         """Number of the next token where a step can be short: equal rows, all real, streaming heads in a ring."""
         if self.real is not None or not self.lengths or self.lengths.count(self.lengths[0]) != len(self.lengths):
             return None
-        if not self.streaming.ring and not self._all_retrieve:
+        if not self.streaming.ring and not self.all_retrieve:
             return None
         return self.lengths[0]
 

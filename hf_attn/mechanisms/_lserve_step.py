@@ -15,16 +15,44 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hf_attn.caches.lserve import LServeStore, Selection
 from hf_attn.caches.store import outliving
-from hf_attn.call import AttentionCall
+from hf_attn.mechanisms._lserve_counts import everything_read
 from hf_attn.mechanisms._lserve_decode import choose
 from hf_attn.ops import choose_path
 from hf_attn.ops.hfattn_sparse.counters import count
 from hf_attn.ops.hfattn_sparse.paged.kept import KeptPages
 
 
-def short_step(call: AttentionCall, config: Any, store: LServeStore) -> tuple[Tensor, dict[str, Any]] | None:
+def dense_step(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, config: Any, store: LServeStore, record: Any
+) -> Tensor | None:
+    """A step of a layer whose heads all retrieve, so few tokens in that they read everything: the least there is to do.
+
+    `[B, Hq, 1, Dv]`, counted; None, with nothing changed, for every other step.
+    """
+    if not store.all_retrieve or query.device.type != "cpu" or store.paged.format.name is not None:
+        return None
+    number, threshold = store.next_number(), config.dense_up_to
+    if number is None or number >= threshold:
+        return None
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None
+    store.paged.write_one(number, key, value, None)
+    keys, values = store.paged.flat
+    length = number + 1
+    out = _folded(query, keys.narrow(2, 0, length), values.narrow(2, 0, length), scale)
+    store.commit_one(None, key, None)
+    pages = -(-length // config.page_size) * key.shape[0] * key.shape[1]
+    store.pages_read = store.pages_read + pages
+    pairs = key.shape[0] * query.shape[1] * length
+    counts = {"decode_steps": 1, "selector_runs": 0, "pages_read": pages, "pages_held": pages}
+    record(path="dense", reason=everything_read(threshold), computed=pairs, visible=pairs, counts=counts)
+    return out
+
+
+def short_step(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, config: Any, store: LServeStore
+) -> tuple[Tensor, dict[str, Any]] | None:
     """`from_store` for new tokens that are all real; None, with nothing changed, where only that one will do."""
-    query, key, value = call.query, call.key, call.value
     number = store.next_number()
     if number is None or not config.keep_selected or query.device.type != "cpu":
         return None
@@ -32,23 +60,31 @@ def short_step(call: AttentionCall, config: Any, store: LServeStore) -> tuple[Te
         return None
     if choose_path("paged_attention", query, query.shape[3], value.shape[3]) != "torch":
         return None
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _short_step(query, key, value, scale, number, config, store)
+    return _short_step(query, key, value, scale, number, config, store)
+
+
+def _short_step(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, number: int, config: Any, store: LServeStore
+) -> tuple[Tensor, dict[str, Any]] | None:
     plan = store.plan(key.shape[1], query.shape[1] // key.shape[1], key.device)
     done: dict[str, Any] = {"lengths": [number + 1] * key.shape[0], "selector_runs": 0}
     part = tail = keys = window = selection = None
-    with torch.no_grad():
-        if plan.reads:
-            keys, values = plan.retrieval.of(key), plan.retrieval.of(value)
-            store.paged.write_one(number, keys, values, store.scales)
-            found = _retrieve(plan.retrieving.of(query), keys, values, number, config, store, call.scale, done)
-            if found is None:
-                return None
-            part, selection = found
-        if plan.streams:
-            window = plan.streaming.of(key), plan.streaming.of(value)
-        store.pages_read = store.pages_read + done.get("pages_read", 0)
-        store.commit_one(window, keys, selection)
-        if plan.streams:
-            tail = _stream(plan.windowed.of(query), *window, number, store, call.scale)
+    if plan.reads:
+        keys, values = plan.retrieval.of(key), plan.retrieval.of(value)
+        store.paged.write_one(number, keys, values, store.scales)
+        found = _retrieve(plan.retrieving.of(query), keys, values, number, config, store, scale, done)
+        if found is None:
+            return None
+        part, selection = found
+    if plan.streams:
+        window = plan.streaming.of(key), plan.streaming.of(value)
+    store.pages_read = store.pages_read + done.get("pages_read", 0)
+    store.commit_one(window, keys, selection)
+    if plan.streams:
+        tail = _stream(plan.windowed.of(query), *window, number, store, scale)
     return plan.joined(part, tail), done
 
 
