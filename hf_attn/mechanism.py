@@ -244,6 +244,9 @@ class Mechanism:
             for analysis.
         store: `(config of a layer, layer number, KV heads) -> hf_attn.caches.store.LayerStore`, the mechanism's own
             cache of a layer; integrations hand it back in `call.layer.cache`. None: the host's cache is all it needs.
+        step: `(query, key, value, scale, store, config, record) -> Tensor | None`, `attend` of one new token a row:
+            all tokens are real and `store` is the mechanism's own. No call is described for it, which would cost as
+            much as a short attention. None, with nothing changed, asks for `attend`.
     """
 
     name: str
@@ -256,12 +259,18 @@ class Mechanism:
     select: Callable[[AttentionCall, Any], Any] | None = None
     attended: Callable[[AttentionCall, Any, Tensor], Tensor] | None = None
     store: Callable[[Any, int | None, int | None], Any] | None = None
+    step: Callable[..., Tensor | None] | None = None
 
     def __call__(self, call: AttentionCall, config: MechanismConfig) -> Tensor:
         """Attend, after every observer of `observe` has seen the call."""
         for observer in _observers:
             observer(self, call, config)
         return self.attend(call, config)
+
+
+def observed() -> bool:
+    """Whether anybody observes calls."""
+    return bool(_observers)
 
 
 _observers: list[Callable[[Mechanism, AttentionCall, MechanismConfig], None]] = []

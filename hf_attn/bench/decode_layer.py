@@ -64,11 +64,16 @@ class Case:
         return out
 
 
-def make_case(length: int, args: argparse.Namespace, options: dict) -> Case:
-    """Random tensors, the first `length` tokens in the cache. The length is moved off a multiple of the interval."""
+def random_tensors(length: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A query, and keys and values of `length + 1` tokens; the same for all variants."""
     generator = torch.Generator().manual_seed(length)
     key, value = (torch.randn(1, args.kv_heads, length + 1, args.head_dim, generator=generator) for _ in range(2))
-    query = torch.randn(1, args.heads, 1, args.head_dim, generator=generator)
+    return torch.randn(1, args.heads, 1, args.head_dim, generator=generator), key, value
+
+
+def make_case(length: int, args: argparse.Namespace, options: dict, tensors: tuple[torch.Tensor, ...]) -> Case:
+    """The first `length` of the tokens in a cache."""
+    query, key, value = tensors
     streaming = round(args.kv_heads * args.streaming)
     settings = {
         "page_size": args.page, "logical_page_size": args.logical, "token_budget": args.budget,
@@ -107,11 +112,11 @@ def run_length(length: int, args: argparse.Namespace) -> list[str]:
     """The lines of one length."""
     # Off a multiple of the interval: otherwise every step would select.
     length += (length + 1) % args.reuse == 0
-    lines = []
+    lines, tensors = [], random_tensors(length, args)
     for name, options in VARIANTS.items():
         if args.variants and name not in args.variants:
             continue
-        case = make_case(length, args, options)
+        case = make_case(length, args, options, tensors)
         error = error_of(case)
         if not error <= 1e-4:
             lines.append(f"{length:>7} {name:>20}  CHECK FAILED: error {error:.1e}, no speed")

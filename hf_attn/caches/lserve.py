@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn.caches.head_kinds import HeadPlan
 from hf_attn.caches.paged import PagedKV
 from hf_attn.caches.quantization import KVFormat, absmax_scale
 from hf_attn.caches.store import LayerStore, outliving
@@ -61,7 +62,8 @@ class LServeStore(LayerStore):
             options.page_size, options.dec_sink, options.dec_local, options.ctx_sink, options.ctx_local, format
         )
         self._heads: dict[str, Any] = {}
-        self._all_retrieve = options.retrieval is None or all(options.retrieval)
+        self._plan: HeadPlan | None = None
+        self.all_retrieve = options.retrieval is None or all(options.retrieval)
         self.reset()
 
     def reset(self) -> None:
@@ -97,6 +99,12 @@ class LServeStore(LayerStore):
             wide = tuple(None if heads is None else query_heads(heads, group) for heads in lists)
             self._heads |= {"group": group, "wide": wide}
         return self._heads["wide"]
+
+    def plan(self, count: int, group: int, device: torch.device) -> HeadPlan:
+        """`heads` and `query_heads` for steps with few calls."""
+        if self._plan is None or self._plan.of != (count, group, device):
+            self._plan = HeadPlan(self.options.retrieval, count, group, device)
+        return self._plan
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -171,6 +179,9 @@ class LServeStore(LayerStore):
         if retrieval is None or retrieval.numel():
             keys = pick(key, retrieval)
             self.paged.advance(keys if real is None else left_aligned(keys, real), counts)
+        if self.kept is not None:
+            # It did not get these tokens.
+            self.kept.cut(min(self.lengths))
         self._before = (self.slots, self.selection)
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
         self._count_slots(key, real)
@@ -181,7 +192,7 @@ class LServeStore(LayerStore):
         """Number of the next token where a step can be short: equal rows, all real, streaming heads in a ring."""
         if self.real is not None or not self.lengths or self.lengths.count(self.lengths[0]) != len(self.lengths):
             return None
-        if not self.streaming.ring and not self._all_retrieve:
+        if not self.streaming.ring and not self.all_retrieve:
             return None
         return self.lengths[0]
 
@@ -198,7 +209,7 @@ class LServeStore(LayerStore):
         if tokens is not None:
             self.streaming.append_one(*tokens, number, self.scales)
         if keys is not None:
-            self.paged.advance(keys, [1] * len(self.lengths))
+            self.paged.advance_one(keys)
         self._before = (self.slots, self.selection)
         self.lengths = [number + 1] * len(self.lengths)
         self.slots += 1
@@ -278,6 +289,8 @@ class LServeStore(LayerStore):
             counts = self.real[:, -count:].sum(-1).tolist()
         lengths = [n - c for n, c in zip(self.lengths, counts, strict=True)]
         self.streaming.crop(counts, lengths)
+        if self.kept is not None:
+            self.kept.cut(min(lengths))
         if self.paged.key is not None:
             self.paged.crop(counts)
         self.lengths, self.selection = lengths, None

@@ -82,13 +82,6 @@ class PagedKV:
         """
         if self.key is None:
             self.lengths = [0] * key.shape[0]
-        if key.shape[2] == 1 and self.format.name is None and counts.count(1) == len(counts) and self.equal_rows:
-            number = self.lengths[0]
-            if number >= self.capacity * self.page_size:
-                self._grow(number + 1, key, value, scales)
-            for into, token in zip(self.flat, (key, value), strict=True):
-                into.narrow(2, number, 1).copy_(token)
-            return
         self._grow(max(n + c for n, c in zip(self.lengths, counts, strict=True)), key, value, scales)
         pairs = ((self.key, key), (self.value, value))
         for target, source in pairs:
@@ -98,6 +91,26 @@ class PagedKV:
                 tensors += [(target.scale, encoded.scale), (target.zero, encoded.zero)]
             for into, tokens in tensors:
                 self._put(into.flatten(2, 3), tokens[:, :, 0], counts)
+
+    def write_one(self, number: int, key: Tensor, value: Tensor, scales: tuple[Tensor, Tensor] | None) -> None:
+        """`write` of token `number` of every row, which are equally long: `[B, H, 1, D]`, with few calls."""
+        if self.key is None or self.format.name is not None:
+            self.write(key, value, [1] * key.shape[0], scales)
+            return
+        if number >= self.capacity * self.page_size:
+            self._grow(number + 1, key, value, scales)
+        keys, values = self.flat
+        keys.narrow(2, number, 1).copy_(key)
+        values.narrow(2, number, 1).copy_(value)
+
+    def advance_one(self, key: Tensor) -> None:
+        """`advance` of one token of every row, which are equally long."""
+        if self.format.name is not None:
+            self.advance(key, [1] * key.shape[0])
+            return
+        # Looked up when pages are chosen: unquantised keys are there to be read.
+        self._unpooled += 1
+        self.lengths = [length + 1 for length in self.lengths]
 
     def _put(self, into: Tensor, tokens: Tensor, counts: list[int]) -> None:
         """Tokens `[B, H, n, ...]` into `[B, H, capacity * P, ...]` behind each row's length."""
@@ -110,11 +123,6 @@ class PagedKV:
 
     def advance(self, key: Tensor, counts: list[int]) -> None:
         """Count the tokens written last, and take their unquantised keys `[B, H, n, D]` into the statistics."""
-        if key.shape[2] == 1 and self.format.name is None and counts.count(1) == len(counts) and self.equal_rows:
-            # Looked up when pages are chosen: unquantised keys are there to be read.
-            self._unpooled += 1
-            self.lengths = [length + 1 for length in self.lengths]
-            return
         stats = self.stats.flatten(2, 3)
         if self.equal_rows and len(set(counts)) == 1:
             update_statistics(stats, key[:, :, : counts[0]].detach(), self.lengths[0], self.logical_page_size)

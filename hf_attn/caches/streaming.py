@@ -46,10 +46,45 @@ class StreamingKV:
         self.page_size, self.sink, self.local, self.format = page_size, sink, local, format
         self.keep_sink, self.keep_local = max(keep_sink, sink), max(keep_local, local)
         self._keep_local = self.keep_local
-        self.held: Held | None = None
+        self._held: Held | None = None
+        # Slots and numbers of newest tokens that `position` does not tell yet.
+        self._late: list[tuple[int, int]] = []
+        self._flat: tuple[Pages, tuple[Tensor, Tensor]] | None = None
         self.ring = False
         self.evicted = False
         self._undo: Undo | None = None
+
+    @property
+    def held(self) -> Held | None:
+        """What is stored; None while nothing is."""
+        if self._late:
+            self._tell()
+        return self._held
+
+    @held.setter
+    def held(self, held: Held | None) -> None:
+        self._held, self._late = held, []
+
+    def _tell(self) -> None:
+        """Write the numbers of late tokens, and how to take back the newest of them."""
+        position, late = self._held.position, self._late
+        self._late = []
+        slot, number = late.pop()
+        if late:
+            slots, numbers = torch.tensor(late, device=position.device).T
+            position[:, slots] = numbers
+        if self._undo is not None:
+            new = self._undo.new._replace(position=position.new_full((position.shape[0], 1), number))
+            self._undo.overwritten.append((position, slice(None), slot, position[:, slot].clone()))
+            self._undo = self._undo._replace(new=new)
+        position[:, slot] = number
+
+    @property
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of floating slots, `[B, H, slots, D]`: views."""
+        if self._flat is None or self._flat[0] is not self._held.key:
+            self._flat = self._held.key, (self._held.key.data[:, :, 0], self._held.value.data[:, :, 0])
+        return self._flat[1]
 
     def slot_of(self, position: Tensor) -> Tensor:
         """Slot of the ring for token numbers: sink pages stay, later pages go round."""
@@ -96,12 +131,18 @@ class StreamingKV:
             position = self.held.position.new_full((key.shape[0], 1), number)
             self.append(self.encode(key, value, position, scales), single=True, number=number)
             return
-        new = Held(
-            Pages(key[:, :, None]), Pages(value[:, :, None]), self.held.position.new_full((key.shape[0], 1), number)
-        )
-        undo = Undo(self.held, True, self.evicted, new, [])
-        self._write_slot(new, number, undo.overwritten)
-        self._undo = undo
+        slot, overwritten = self.slot(number), []
+        for data, into, token in zip(self._held[:2], self.flat, (key, value), strict=True):
+            at = into.narrow(2, slot, 1)
+            overwritten.append((data.data, slice(None), slot, at.clone()[:, :, 0]))
+            at.copy_(token)
+        # The number follows when it is asked for, at the latest before a slot comes up again.
+        if len(self._late) >= self.local:
+            self._tell()
+        new = Held(Pages(key[:, :, None]), Pages(value[:, :, None]), None)
+        self._undo = Undo(self._held, True, self.evicted, new, overwritten)
+        self.evicted |= number >= self.sink + self.local + self.page_size
+        self._late.append((slot, number))
 
     def _extend(self, new: Held) -> None:
         joined = new if self.held is None else _join(self.held, new)
@@ -210,7 +251,7 @@ class StreamingKV:
 
     def reset(self) -> None:
         """Forget everything and free it."""
-        self.held = self._undo = None
+        self.held = self._undo = self._flat = None
         self.ring = self.evicted = False
         self.keep_local = self._keep_local
 

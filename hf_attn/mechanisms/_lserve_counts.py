@@ -15,11 +15,16 @@ def retrieving(kinds: tuple[bool, ...] | None, kv_heads: int) -> int:
     return kv_heads if kinds is None else sum(kinds)
 
 
-def record_decode(call: AttentionCall, config: Any, kinds, done: dict[str, Any], pages_held: int) -> None:
-    if not call.layer.recording:
-        return
-    kv_heads = call.key.shape[1]
-    group = call.query.shape[1] // kv_heads
+def everything_read(threshold: int) -> str:
+    """Why a step ran dense."""
+    return f"at most {threshold} tokens: everything is read"
+
+
+def record_decode(
+    record: Any, heads: tuple[int, int], config: Any, kinds, done: dict[str, Any], pages_held: int
+) -> None:
+    """What a step of one token a row read; `heads` are those of keys and of queries."""
+    kv_heads, group = heads[0], heads[1] // heads[0]
     reading = retrieving(kinds, kv_heads)
     computed = visible = 0
     long = done.get("long") or [False] * len(done["lengths"])
@@ -40,10 +45,10 @@ def record_decode(call: AttentionCall, config: Any, kinds, done: dict[str, Any],
         computed = computed + read
     reason = None
     if not any(long) and reading == kv_heads:
-        reason = f"at most {config.dense_up_to} tokens: everything is read"
+        reason = everything_read(config.dense_up_to)
     counts = {"decode_steps": 1, "selector_runs": done["selector_runs"], "pages_read": pages, "pages_held": pages_held}
     path = "sparse" if reason is None else "dense"
-    call.layer.record(path=path, reason=reason, computed=computed, visible=visible, counts=counts)
+    record(path=path, reason=reason, computed=computed, visible=visible, counts=counts)
 
 
 def record_prompt(call: AttentionCall, config: Any, kinds) -> None:

@@ -40,6 +40,14 @@ def choose(
     long = [length > threshold for length in lengths]
     if not any(long):
         return None, long, False
+    if lengths.count(lengths[0]) == len(lengths):
+        if lengths[0] % config.reuse_interval and previous is not None and all(previous.valid):
+            return previous, long, False
+        newest = max(lengths[0] - 2, 0) // size
+        scores = _scores(query, statistics(newest + 1), config)
+        at = torch.full((len(lengths),), newest, device=query.device)
+        pages = select_pages(scores, at, count=config.selected_pages)
+        return Selection(pages, [newest] * len(lengths), [True] * len(lengths)), long, True
     known = [previous is not None and previous.valid[b] for b in range(len(lengths))]
     run = [long[b] and (length % config.reuse_interval == 0 or not known[b]) for b, length in enumerate(lengths)]
     if not any(run):

@@ -16,7 +16,7 @@ from hf_attn.mechanisms._lserve_config import LServeConfig, default_min_seq_len
 from hf_attn.mechanisms._lserve_counts import count_pairs, record_behind, record_decode, record_prompt, retrieving
 from hf_attn.mechanisms._lserve_decode import from_keys, from_store
 from hf_attn.mechanisms._lserve_heads import DuoHeads, classify_heads, load_duo_heads
-from hf_attn.mechanisms._lserve_step import short_step
+from hf_attn.mechanisms._lserve_step import dense_step, short_step
 from hf_attn.ops import dense_attention, sink_window_attention
 
 __all__ = ["DuoHeads", "LServeConfig", "MECHANISM", "classify_heads", "default_min_seq_len", "load_duo_heads"]
@@ -32,9 +32,12 @@ def attend(call: AttentionCall, config: LServeConfig) -> Tensor:
     if store is not None:
         real = _real_tokens(call, store)
         if call.q_len == 1:
-            found = short_step(call, config, store) if real is None else None
+            step_of = (call.query, call.key, call.value, call.scale, config, store)
+            found = short_step(*step_of) if real is None else None
             out, done = from_store(call, config, store, real) if found is None else found
-            record_decode(call, config, store.options.retrieval, done, store.pages_held)
+            if call.layer.recording:
+                heads = call.key.shape[1], call.query.shape[1]
+                record_decode(call.layer.record, heads, config, store.options.retrieval, done, store.pages_held)
             return out
         out = _prompt(call, config, store.options.retrieval) if store.slots == 0 else None
         if out is None:
@@ -46,10 +49,26 @@ def attend(call: AttentionCall, config: LServeConfig) -> Tensor:
     if call.q_len == 1:
         out, done = from_keys(call, config, *head_lists(kinds, call.key.shape[1], call.key.device))
         if done["lengths"] is not None:
-            held = sum(-(-n // config.page_size) for n in done["lengths"])
-            record_decode(call, config, kinds, done, held * retrieving(kinds, call.key.shape[1]))
+            held = sum(-(-n // config.page_size) for n in done["lengths"]) * retrieving(kinds, call.key.shape[1])
+            if call.layer.recording:
+                record_decode(call.layer.record, (call.key.shape[1], call.query.shape[1]), config, kinds, done, held)
         return out
     return _prompt(call, config, kinds)
+
+
+def step(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, store: LServeStore, config: LServeConfig, record: Any
+) -> Tensor | None:
+    """`attend` of one new token a row, all real; None where only that one will do."""
+    out = dense_step(query, key, value, scale, config, store, record)
+    if out is not None:
+        return out
+    found = short_step(query, key, value, scale, config, store)
+    if found is None:
+        return None
+    out, done = found
+    record_decode(record, (key.shape[1], query.shape[1]), config, store.options.retrieval, done, store.pages_held)
+    return out
 
 
 # -- several tokens ----------------------------------------------------------------------------------------------------
@@ -248,4 +267,5 @@ MECHANISM = Mechanism(
     attended=attended,
     describe=describe,
     store=make_store,
+    step=step,
 )

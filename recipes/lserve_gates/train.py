@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 import hf_attn
 from hf_attn.analysis.head_classes import HeadCalibration
-from hf_attn.analysis.head_files import save_head_folder
+from hf_attn.analysis.head_files import load_heads, save_head_folder
 from hf_attn.analysis.texts import read_texts
 from hf_attn.bench.models import SMOLLM2, load_language_model
 from hf_attn.training.head_gates import GateTrainer, TwoWayAttention
@@ -46,6 +46,7 @@ class Settings:
     model: str | None
     dtype: str
     text: list[str]
+    start: str | None
     sink: int
     local: int
     context_min: int
@@ -123,7 +124,16 @@ def prepare(settings: Settings, model: Any, accelerator: Accelerator) -> GateTra
     """The frozen model with two-way attention, and the trainer of its gates."""
     text_config = model.config.get_text_config()
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
-    gates = torch.ones(text_config.num_hidden_layers, heads, device=accelerator.device)
+    gates = torch.ones(text_config.num_hidden_layers, heads)
+    if settings.start is not None:
+        found = load_heads(settings.start).gates
+        if found.shape != gates.shape:
+            raise SystemExit(
+                f"start={settings.start} has gates {tuple(found.shape)}, this model needs {tuple(gates.shape)} "
+                "([layers, KV heads]); name the folder of a run with the same model"
+            )
+        gates = found.float()
+    gates = gates.to(accelerator.device)
     attention = TwoWayAttention(gates, settings.sink, settings.local)
     hf_attn.register_mechanism(attention.mechanism("gate_training"))
     hf_attn.apply(model, "gate_training")

@@ -21,7 +21,7 @@ from hf_attn.integrations.transformers.handle import take
 from hf_attn.integrations.transformers.masks import COMPACT_OK, layout_from_mask, mask_kind
 from hf_attn.integrations.transformers.packing import check_packing
 from hf_attn.integrations.transformers.stats import stats_of
-from hf_attn.mechanism import Mechanism, MechanismConfig, get_mechanism, parse_config
+from hf_attn.mechanism import Mechanism, MechanismConfig, get_mechanism, observed, parse_config
 
 # Arguments of a host call that change the result in a way no mechanism can honour.
 REFUSED = {
@@ -37,10 +37,14 @@ CROSS_ATTENTION = "cross-attention: queries and keys are different tokens"
 
 @dataclass(frozen=True)
 class Resolved:
-    """What one layer runs: `config` is `None` for a layer that its `layers` option leaves dense."""
+    """What one layer runs: `config` is `None` for a layer that its `layers` option leaves dense.
+
+    `steps`: a plain causal layer whose mechanism has a `step`.
+    """
 
     mechanism: Mechanism
     config: MechanismConfig | None
+    steps: bool = False
 
 
 def attention_forward(
@@ -76,13 +80,13 @@ def attention_forward(
     # Before anything can fail: a handle that nobody takes is an error of the next step.
     cache = take(key)
     refuse_unsupported(module, hf_attn_name, dropout, kwargs)
-    host = HostLayer(
-        module=module,
-        name=hf_attn_name,
-        resolved=resolve(module, hf_attn_name, hf_attn_options),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=kwargs.get("sliding_window"),
-    )
+    resolved = resolve(module, hf_attn_name, hf_attn_options)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache is not None and resolved.steps and attention_mask is None and query.shape[2] == 1:
+        out = _step(module, resolved, query, key, value, scale, is_causal, cache, kwargs)
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
+    host = HostLayer(module, hf_attn_name, resolved, scale, kwargs.get("sliding_window"))
     if is_continuous(kwargs):
         return _continuous(host, query, key, value, kwargs), None
     k_len = key.shape[2] + (0 if cache is None else cache.store.slots)
@@ -99,6 +103,33 @@ def attention_forward(
     check_packing(module, _owner(module, hf_attn_name), tokens, kwargs.get("position_ids"))
     out = _attend(host, query, key, value, causal, tokens, kind, cache)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _step(
+    module: nn.Module,
+    resolved: Resolved,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    is_causal: bool | None,
+    cache: Any,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """The mechanism's `step` `[B, Hq, 1, Dv]`, counted; None where the call must be described in full."""
+    if _WATCHERS or observed() or torch.compiler.is_compiling():
+        return None
+    if any(kwargs.get(name) is not None for name in ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k")):
+        return None
+    if is_causal is False or not getattr(module, "is_causal", True) or is_continuous(kwargs):
+        return None
+    store = cache.open(resolved.config, getattr(module, "layer_idx", None), query.device)
+    stats = stats_of(module)
+    out = resolved.mechanism.step(query, key, value, scale, store, resolved.config, stats.record)
+    if out is not None:
+        stats.begin(1, store.slots)
+        cache.close()
+    return out
 
 
 @dataclass(frozen=True)
@@ -296,22 +327,28 @@ def _owner(module: nn.Module, name: str) -> str:
 
 # -- options of a layer ------------------------------------------------------------------------------------------------
 
-_RESOLVED: WeakKeyDictionary[nn.Module, tuple[str, dict[str, Any], Resolved]] = WeakKeyDictionary()
+_RESOLVED: WeakKeyDictionary[nn.Module, tuple[str, dict[str, Any] | None, Resolved]] = WeakKeyDictionary()
 
 
 def resolve(module: nn.Module, name: str, options: dict[str, Any] | None) -> Resolved:
     """Mechanism and options of this layer, parsed once and again whenever the dict's content changes."""
     config = getattr(module, "config", None)
+    given = getattr(config, "hf_attn", None) if options is None else options
+    compiling = torch.compiler.is_compiling()
+    known = None if compiling else _RESOLVED.get(module)
+    if known is not None and known[0] == name and known[1] == given:
+        return known[2]
     if options is None:
-        options = mechanism_options(getattr(config, "hf_attn", None), name)
+        options = mechanism_options(given, name)
     index, count = getattr(module, "layer_idx", None), getattr(config, "num_hidden_layers", None)
-    if torch.compiler.is_compiling():
+    if compiling:
         return getattr(_CONSTANTS, _constant(name, options, index, count))
-    known = _RESOLVED.get(module)
-    if known is None or known[0] != name or known[1] != options:
-        known = (name, copy.deepcopy(options), _parse(name, options, index, count))
-        _RESOLVED[module] = known
-    return known[2]
+    found = _parse(name, options, index, count)
+    plain = not (is_cross_attention(module, True, 1, 1) or getattr(config, "is_encoder_decoder", False))
+    steps = found.mechanism.step is not None and found.config is not None and plain and window_of(module) is None
+    found = replace(found, steps=steps)
+    _RESOLVED[module] = (name, copy.deepcopy(given), found)
+    return found
 
 
 def _parse(name: str, options: dict[str, Any], index: int | None, count: int | None) -> Resolved:

@@ -53,6 +53,10 @@ class StoreLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Check new tokens and hand them on; they are stored by whoever reads the handle."""
+        return self.hand_on(key_states, value_states, self.reads())
+
+    def hand_on(self, key_states: Tensor, value_states: Tensor, read: bool) -> tuple[Tensor, Tensor]:
+        """`update` by who knows whether our attention function runs."""
         if self.waiting:
             self.waiting = False
             raise RuntimeError(
@@ -61,7 +65,7 @@ class StoreLayer(CacheLayerMixin):
                 "hf_attn.apply, and run the prompt again with a new cache"
             )
         self.store.check(key_states, value_states)
-        if not self.reads():
+        if not read:
             return self.store.dense(key_states, value_states)
         self.waiting = True
         return attach(key_states, self), value_states
@@ -183,6 +187,8 @@ class StoreCache(Cache):
             if own is not None and type(layer) is DynamicLayer and text.model_type in COMPACT_OK:
                 layers[index] = StoreLayer(mechanism.store(own, index, kv_heads), reads)
         self.options = options
+        # Whether our attention function runs the current step, asked in its first layer; None before any.
+        self._read: bool | None = None
         super().__init__(layers=layers, offloading=offloading)
 
     def update(
@@ -202,6 +208,11 @@ class StoreCache(Cache):
                     layer.take_back(ahead)
                 elif ahead > 0:
                     layer.crop(-ahead)
+        layer = self.layers[layer_idx]
+        if isinstance(layer, StoreLayer) and not self.offloading:
+            if layer_idx == 0:
+                self._read = layer.reads()
+            return layer.hand_on(key_states, value_states, layer.reads() if self._read is None else self._read)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

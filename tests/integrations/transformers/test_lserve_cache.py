@@ -8,7 +8,6 @@ from transformers import DynamicCache
 
 import hf_attn
 from hf_attn import LServeCache, LServeConfig
-from hf_attn.integrations.transformers import attention
 from hf_attn.integrations.transformers.cache import StoreLayer
 from tests.integrations.transformers.test_continuous_batching import alone, batched, enabled  # noqa: F401
 from tests.integrations.transformers.test_lserve import EQUAL, IDS, SPARSE, generate, sparse
@@ -71,14 +70,14 @@ def test_changed_batch_dtype_and_options_leave_the_cache_usable():
 def test_a_step_that_fails_half_way_is_taken_back(failing, count, monkeypatch):
     model = sparse()
     cache, twin = filled(model), filled(model)
-    original = attention.dense_reason
+    original = StoreLayer.open
 
-    def broken(module, *arguments):
-        if module.layer_idx == failing:
+    def broken(self, config, layer, device):
+        if layer == failing:
             raise MemoryError("no memory")
-        return original(module, *arguments)
+        return original(self, config, layer, device)
 
-    monkeypatch.setattr(attention, "dense_reason", broken)
+    monkeypatch.setattr(StoreLayer, "open", broken)
     with pytest.raises(MemoryError):
         step(model, cache, tokens(1, count, seed=5))
     monkeypatch.undo()

@@ -2,109 +2,158 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .pages import Pages
-from .torch_path import merged_lists
 
 
 class KeptPages:
-    """A copy of the listed pages, and behind them of the pages from `first` on, which new tokens fill.
+    """A copy of chosen pages, and behind them of the newest pages, which new tokens fill.
 
-    The lists of the query heads of a KV head are copied as one, with an additive mask that says which head reads what.
-    Numbers are fp32 (fp64 for fp64 queries); quantised pages are dequantised. 4-bit keys and values lie with their even
-    channels first, and the query is brought into that order.
+    `choose` moves it from one choice to the next and copies what is not there yet: most pages stay. The lists of the
+    query heads of a KV head share one copy, with an additive mask that says which head reads what. Numbers are fp32
+    (fp64 for fp64 queries); quantised pages are dequantised. 4-bit keys and values lie with their even channels first,
+    and the query is brought into that order.
 
     Args:
-        key, value: storage of `[B, H, n, P, D]` and `[B, H, n, P, Dv]`, contiguous.
-        pages: int64 `[B, H | Hq, W]`, -1 padded, none of them from `first` on.
-        first: a page; all tokens from its first one on are read too.
-        room: pages from `first` on to keep place for, >= 1.
         q_heads: query heads.
         dtype: of the copies.
-        old: an earlier object whose memory is taken; it is of no use afterwards.
     """
 
-    def __init__(
-        self,
-        key: Pages,
-        value: Pages,
-        pages: Tensor,
-        first: int,
-        room: int,
-        q_heads: int,
-        dtype: torch.dtype,
-        old: KeptPages | None = None,
-    ) -> None:
-        batch, heads, count, size = key.data.shape[:4]
-        self.pages, self.bits = pages, key.bits
+    def __init__(self, q_heads: int, dtype: torch.dtype) -> None:
+        self.q_heads, self.dtype = q_heads, dtype
+        self.pages: Tensor | None = None
+        self.key = self.value = self.mask = None
+        # Page in every place of every row and KV head, -1 for none; only pages that never change again.
+        self._held: list[list[int]] = []
+        self.start = self.before = self.end = 0
+        # Tokens from here on have not been put yet.
+        self.next = 0
         # The newest token, where what stands here is not what the storage gives.
         self.exact: int | None = None
-        group = q_heads // heads
-        merged, member = (pages, None) if pages.shape[1] == heads else merged_lists(pages, heads, count)
-        width = merged.shape[2]
-        self.start, self.before = first * size, width * size
-        # A gap repeats a page that is read anyway: any other may hold anything.
-        filled = torch.where(merged >= 0, merged, first)
-        # Places behind the allocated pages are written before they are read.
-        tail = torch.arange(first, first + room, device=pages.device).clamp(max=count - 1)
-        table = torch.cat([filled, tail.expand(batch, heads, -1)], 2)
-        rows = (table + torch.arange(batch * heads, device=pages.device).view(batch, heads, 1) * count).flatten()
-        self._memory = [
-            _memory(rows.numel() * size * stored.head_dim, dtype, rows.device, None if old is None else old._memory[i])
-            for i, stored in enumerate((key, value))
-        ]
-        self.key, self.value = (
-            _copied(stored, rows, memory).view(batch, heads, (width + room) * size, stored.head_dim)
-            for stored, memory in zip((key, value), self._memory, strict=True)
-        )
-        gaps = None if member is not None else merged < 0
-        self.mask = None
-        if member is not None or bool(gaps.any()):
-            hidden = ~member.unflatten(1, (heads, group)) if member is not None else gaps[:, :, None]
-            mask = torch.zeros(batch, heads, hidden.shape[2], width + room, size, dtype=dtype, device=pages.device)
-            mask[:, :, :, :width].masked_fill_(hidden[..., None], float("-inf"))
-            self.mask = mask.flatten(3).expand(-1, -1, group, -1)
+        self._even_first = False
 
-    @property
-    def end(self) -> int:
-        """Token numbers from here on have no place."""
-        return self.start + self.key.shape[2] - self.before
+    def choose(self, key: Pages, value: Pages, pages: Tensor, first: int, room: int, tokens: int) -> None:
+        """Hold the listed pages, and the tokens from page `first` on that the storage has.
+
+        Args:
+            key, value: storage of `[B, H, n, P, D]` and `[B, H, n, P, Dv]`, contiguous.
+            pages: int64 `[B, H | Hq, W]`, -1 padded, none of them from `first` on.
+            first: a page; all tokens from its first one on are read too.
+            room: pages from `first` on to keep place for, >= 1.
+            tokens: in storage.
+        """
+        batch, heads, count, size = key.data.shape[:4]
+        self._even_first = key.bits == 4
+        lists = [[{p for p in one if p >= 0} for one in row] for row in pages.tolist()]
+        group = len(lists[0]) // heads
+        needed = [set().union(*row[h * group : (h + 1) * group]) for row in lists for h in range(heads)]
+        width = max(map(len, needed))
+        self._allocate(key, value, width + room)
+        capacity = self._room
+        moves = [(at * capacity + to, at * count + page) for at, page, to in self._placed(needed, width)]
+        newest = min(-(-tokens // size), first + room)
+        for at in range(batch * heads):
+            moves += [(at * capacity + width + page - first, at * count + page) for page in range(first, newest)]
+        if moves:
+            table = torch.tensor(moves, device=pages.device).T
+            for stored, into in ((key, self.key), (value, self.value)):
+                into.view(-1, size * into.shape[3]).index_copy_(0, table[0], _numbers(stored, table[1], self.dtype))
+        self.pages, self.next, self.exact = pages, tokens, None
+        self.start, self.before, self.end = first * size, width * size, (first + room) * size
+        self.mask = self._hidden(lists, width, room, size)
+
+    def _placed(self, needed: list[set[int]], width: int) -> list[tuple[int, int, int]]:
+        """Give every needed page a place below `width`; (row, page, place) of those that must be copied there."""
+        moves = []
+        for at, (held, pages) in enumerate(zip(self._held, needed, strict=True)):
+            for place in range(width, len(held)):
+                held[place] = -1
+            missing = pages.difference(held)
+            free = (place for place, page in enumerate(held) if page not in pages)
+            for page, place in zip(sorted(missing), free, strict=False):
+                held[place] = page
+                moves.append((at, page, place))
+        return moves
+
+    def _allocate(self, key: Pages, value: Pages, room: int) -> None:
+        """Memory for `room` pages of every row and head; all pages are forgotten when it is new."""
+        batch, heads, _, size, _ = key.data.shape
+        shape = (batch, heads, size, key.head_dim, value.head_dim)
+        if self.key is not None and self._shape == shape and self._room >= room:
+            return
+        self._shape, self._room = shape, room + max(room // 8, 2)
+        self._held = [[-1] * self._room for _ in range(batch * heads)]
+        # Zeros: a place that no head reads must not hold what is not a number.
+        self.key, self.value = (
+            torch.zeros(batch, heads, self._room * size, x.head_dim, dtype=self.dtype, device=x.data.device)
+            for x in (key, value)
+        )
+
+    def _hidden(self, lists: list[list[set[int]]], width: int, room: int, size: int) -> Tensor | None:
+        """The additive mask `[B, H, Hq / H, tokens]` of what a query head does not read; None when that is nothing."""
+        batch, heads = self.key.shape[:2]
+        group, rows = len(lists[0]) // heads, [one for row in lists for one in row]
+        if all(len(one) == width for one in rows):
+            return None
+        read = bytearray()
+        for number, one in enumerate(rows):
+            read += bytes([page in one for page in self._held[number // group][:width]])
+            read += b"\1" * room
+        flags = torch.frombuffer(read, dtype=torch.bool).view(batch, heads, group, width + room, 1)
+        mask = torch.zeros(flags.shape, dtype=self.dtype).masked_fill_(~flags, -math.inf).to(self.key.device)
+        return mask.expand(-1, -1, self.q_heads // heads, -1, size).flatten(3)
+
+    def cut(self, tokens: int) -> None:
+        """The storage has `tokens` tokens from now on: what came behind them, and pages they do not fill, go."""
+        if self.key is None:
+            return
+        full = tokens // self._shape[2]
+        self._held = [[page if page < full else -1 for page in held] for held in self._held]
+        self.next = min(self.next, tokens)
+        if self.exact is not None and self.exact >= tokens:
+            self.exact = None
 
     def put(self, number: int, key: Tensor, value: Tensor) -> None:
         """Token `number`, `[B, H, 1, D]` and `[B, H, 1, Dv]`, at its place."""
         at = self.before + number - self.start
-        for into, token in ((self.key, key), (self.value, value)):
-            into.narrow(2, at, 1).copy_(even_first(token) if self.bits == 4 else token)
+        if self._even_first:
+            key, value = even_first(key), even_first(value)
+        self.key.narrow(2, at, 1).copy_(key)
+        self.value.narrow(2, at, 1).copy_(value)
+        self.next = max(self.next, number + 1)
 
     def attend(self, query: Tensor, number: int, scale: float) -> Tensor | None:
-        """softmax(scale * q.k) v over the listed pages and all tokens from the first one behind them up to `number`.
+        """softmax(scale * q.k) v over the chosen pages and all tokens from the first one behind them up to `number`.
 
         Args:
-            query: `[B, Hq, D]`.
+            query: `[B, Hq, 1, D]`.
 
-        Returns `[B, Hq, Dv]` in the query's dtype; None when what another head alone reads is not finite and reached
+        Returns `[B, Hq, 1, Dv]` in the query's dtype; None when what another head alone reads is not finite and reached
         this one.
         """
         batch, heads, _, dim = self.key.shape
         width = self.before + number - self.start + 1
-        vectors = query.to(self.key.dtype).view(batch, heads, -1, dim)
-        if self.bits == 4:
+        vectors = query.to(self.dtype).view(batch, heads, -1, dim)
+        if self._even_first:
             vectors = even_first(vectors)
         mask = None if self.mask is None else self.mask.narrow(3, 0, width)
         key, value = self.key.narrow(2, 0, width), self.value.narrow(2, 0, width)
         out = scaled_dot_product_attention(vectors, key, value, attn_mask=mask, scale=scale)
-        if mask is not None and not bool(out.isfinite().all()):
+        # A sum is enough: should it overflow, the general step gives the same result.
+        if mask is not None and not math.isfinite(out.sum().item()):
             return None
-        if self.bits == 4:
+        if self._even_first:
             out = torch.stack(out.chunk(2, -1), -1).flatten(-2)
-        return out.view(batch, query.shape[1], -1).to(query.dtype)
+        return out.view(batch, query.shape[1], 1, -1).to(query.dtype)
 
     def bytes(self) -> int:
         """Bytes of the copies and the mask."""
-        held = self._memory if self.mask is None else [*self._memory, self.mask]
+        held = [t for t in (self.key, self.value, self.mask) if t is not None]
         return sum(t.untyped_storage().nbytes() for t in held)
 
 
@@ -113,32 +162,20 @@ def even_first(x: Tensor) -> Tensor:
     return torch.cat([x[..., 0::2], x[..., 1::2]], -1)
 
 
-def _memory(numbers: int, dtype: torch.dtype, device: torch.device, old: Tensor | None) -> Tensor:
-    """`old` where it is large enough, else new memory with some room: unions of lists differ in length."""
-    if old is not None and old.dtype == dtype and old.device == device and old.numel() >= numbers:
-        return old
-    return torch.empty(numbers + numbers // 8, dtype=dtype, device=device)
-
-
-def _copied(source: Pages, rows: Tensor, memory: Tensor) -> Tensor:
-    """Rows of the page table `[n, P * D]` as numbers, at the start of `memory`."""
+def _numbers(source: Pages, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of the page table as numbers, `[n, P * D]`."""
     size, dim, count = source.page_size, source.head_dim, rows.numel()
-    data = source.data.reshape(-1, size * source.data.shape[4])
-    out = memory[: count * size * dim]
-    if source.bits is None and data.dtype == memory.dtype:
-        return torch.index_select(data, 0, rows, out=out.view(count, -1))
-    picked = data.index_select(0, rows).view(count, size, -1)
-    out = out.view(count, size, dim)
+    picked = source.data.view(-1, size * source.data.shape[4]).index_select(0, rows)
+    if source.bits is None:
+        return picked.to(dtype)
+    picked = picked.view(count, size, -1)
     if source.bits == 4:
-        low, high = out.chunk(2, -1)
-        low.copy_(picked & 15)
-        high.copy_(picked >> 4)
-    else:
-        out.copy_(picked)
+        picked = torch.cat([picked & 15, picked >> 4], -1)
+    out = picked.to(dtype)
     if source.zero is not None:
-        out.sub_(source.zero.reshape(-1, size).index_select(0, rows).to(out.dtype)[..., None])
+        out.sub_(source.zero.view(-1, size).index_select(0, rows).to(dtype)[..., None])
     if source.scale is not None:
         whole = source.scale.dim() == 0
-        scale = source.scale if whole else source.scale.reshape(-1, size).index_select(0, rows)[..., None]
-        out.mul_(scale.to(out.dtype))
-    return out
+        scale = source.scale if whole else source.scale.view(-1, size).index_select(0, rows)[..., None]
+        out.mul_(scale.to(dtype))
+    return out.view(count, size * dim)

@@ -18,9 +18,11 @@ def logical_scores(query: Tensor, stats: Tensor) -> Tensor:
     """
     batch, heads, pages, logical, _, dim = stats.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    query = query.to(dtype).view(batch * heads, -1, dim)
+    query = query.to(dtype).reshape(batch * heads, -1, dim)
     both = torch.cat([query.clamp(min=0), query.clamp(max=0)], -1)
-    table = stats.reshape(batch * heads, pages * logical, 2 * dim).to(dtype)
+    # Statistics of the first pages of a larger cache are no plain matrix over rows and heads; of one row they are.
+    table = stats[0].flatten(1, 2).flatten(2) if batch == 1 else stats.reshape(batch * heads, pages * logical, 2 * dim)
+    table = table.to(dtype)
     scores = torch.bmm(both, table.mT)
     # 0 * inf is not a number; a page without a token has -inf in every channel.
     empty = torch.isneginf(table[:, None, :, 0])
@@ -43,19 +45,33 @@ def select_pages(scores: Tensor, last: Tensor, count: int) -> Tensor:
     """
     pages = scores.shape[2]
     count = min(count, pages)
+    # Compiled code and GPUs do not look at the scores, which would wait for the device.
+    looks = scores.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and count and len(ends := set(last.tolist())) == 1:
+        found = _clear_choice(scores, min(ends.pop(), pages), count)
+        if found is not None:
+            return found
     number = torch.arange(pages, device=scores.device)
     # A page before `last` always holds tokens; its score is finite or NaN, and NaN counts as the worst.
     scores = torch.where(number < last[:, None, None], scores.nan_to_num(nan=-3e38, neginf=-3e38), float("-inf"))
     if count == 0:
         return scores.new_empty(*scores.shape[:2], 0, dtype=torch.int64)
-    # Compiled code and GPUs do not look at the scores, which would wait for the device.
-    looks = scores.device.type == "cpu" and not torch.compiler.is_compiling()
     if looks or count == pages:
         found = scores.topk(count, sorted=False)
         if count == pages or not _tied(scores, found.values):
             return torch.where(torch.isneginf(found.values), -1, found.indices)
     order = scores.flip(-1).sort(dim=-1, descending=True, stable=True)
     return torch.where(torch.isneginf(order.values), -1, pages - 1 - order.indices)[..., :count]
+
+
+def _clear_choice(scores: Tensor, end: int, count: int) -> Tensor | None:
+    """The best `count` of the first `end` pages of every row; None where equal scores or NaN leave the choice open."""
+    if count >= end:
+        return None
+    values, found = scores.narrow(2, 0, end).topk(count + 1)
+    # NaN comes first, and compares as neither larger nor equal.
+    clear = (values[..., count - 1] > values[..., count]) & (values[..., 0] == values[..., 0])
+    return found[..., :count] if bool(clear.all()) else None
 
 
 def _tied(scores: Tensor, chosen: Tensor) -> bool:

@@ -50,7 +50,9 @@ def backward(
     offset, heads = k_len - q_len, key.shape[1]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     widest = min(sinks + window + MIN_ROWS, k_len)
-    rows = min(max(MAX_SCORES // max(query.shape[0] * query.shape[1] * widest, 1), 16), MAX_ROWS)
+    # Half a window of rows reads half as many keys in vain again; smaller pieces stay in the cache of a core.
+    most = min(max(window // 2, MIN_ROWS), MAX_ROWS)
+    rows = min(max(MAX_SCORES // max(query.shape[0] * query.shape[1] * widest, 1), 16), most)
     grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
     grad_key, grad_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (key, value))
     for start in range(max(-offset, 0), q_len, rows):
