@@ -81,9 +81,10 @@ def test_random_configuration_equals_the_reference(seed, monkeypatch):
     rng = random.Random(seed)
     # Few scores at a time and odd tiles: every way of cutting a call is met.
     monkeypatch.setattr(torch_tiles, "CPU_SCORES", rng.choice([1, 200, torch_tiles.CPU_SCORES]))
+    monkeypatch.setattr(torch_tiles, "STRIP_SCORES", rng.choice([0, 0, torch_tiles.STRIP_SCORES]))
     if rng.random() < 0.6:
         sizes = tuple(rng.randint(1, 6) for _ in options["kernel_size"])
-        monkeypatch.setattr(torch_tiles, "choose_sizes", lambda windows: sizes)
+        monkeypatch.setattr(torch_tiles, "choose_sizes", lambda *windows: sizes)
     dtype = rng.choice([torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16])
     leaves = {name: x.detach().to(dtype).double() for name, x in leaves.items()}
     oracle = results(leaves, options, "reference", torch.float64)
@@ -96,7 +97,8 @@ def test_random_configuration_equals_the_reference(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_unfused_equals_the_reference(seed):
+def test_unfused_equals_the_reference(seed, monkeypatch):
+    monkeypatch.setattr(torch_tiles, "STRIP_SCORES", 0 if seed % 2 else torch_tiles.STRIP_SCORES)
     leaves, options = random_case(1000 + seed)
     window = {name: options[name] for name in ("kernel_size", "dilation", "is_causal")}
     rpb = leaves.get("rpb")
@@ -335,5 +337,5 @@ def test_unfused_refuses():
 
 def test_tiles_are_chosen_small_for_small_windows():
     windows = windows_of((56, 56), (7, 7), (1, 1), (1, 1), (False, False))
-    tiles = torch_tiles.TiledGrid(windows, 2, 1, 0, torch.device("cpu"), torch.float32).tiles
+    tiles = torch_tiles.TiledGrid(windows, 2, 1, 0, torch.device("cpu"), torch.float32, True).tiles
     assert tiles.halo <= 4 * 49
