@@ -18,7 +18,7 @@ SCORE_COST, KEY_COST, TILE_COST = 1.6, 20.0, 500.0
 # The same of tiles in strips, whose keys are copied once for all tiles of the first axis: one score, what a score costs
 # more in a tile of one query, what a row costs more that 16 does not divide, one key and value copied and their
 # gradients added, and one tile of the first axis.
-STRIP_SCORE_COST, THIN_COST, RAGGED_COST, STRIP_KEY_COST, STRIP_COST = 1.3, 16.0, 40.0, 50.0, 20000.0
+STRIP_SCORE_COST, THIN_COST, RAGGED_COST, STRIP_KEY_COST, STRIP_COST = 1.6, 16.0, 15.0, 50.0, 20000.0
 # Tile sizes that are tried along an axis; on a GPU small ones only waste launches.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _CACHED = 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,12 +18,30 @@ from .tiles import Tiling, choose_sizes, tiling
 
 # Scores that are formed at a time: what stays in a core's cache, and what fills a GPU.
 CPU_SCORES, GPU_SCORES = 1 << 17, 1 << 25
-# Strips are worth it if the tiles that share a tile of the first axis have this many scores.
-STRIP_SCORES = 1 << 14
+# Strips are worth it from so many axes on (with two, columns take from the cache what fewer copies give), if the tiles
+# that share a tile of the first axis have this many scores.
+STRIP_AXES, STRIP_SCORES = 3, 1 << 14
+# Scratch tensors of at most this many bytes are kept from call to call on CPUs, by thread.
+KEPT_SCRATCH = 1 << 22
 # Masks of at most this many entries are kept from call to call.
 KEPT_MASK = 1 << 16
 # Lists of rows of at most this many entries likewise.
 KEPT_ROWS = 1 << 19
+
+
+class _KeptWorkspace(Workspace):
+    """Scratch memory whose small tensors serve the later calls of a thread too: no call touches fresh pages."""
+
+    _kept = threading.local()
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if math.prod(shape) * dtype.itemsize > KEPT_SCRATCH:
+            return super().take(name, shape, dtype)
+        if not hasattr(self._kept, "workspace"):
+            self._kept.workspace = Workspace(self._device)
+        # What is kept must not be an inference tensor: later calls may write outside inference mode.
+        with torch.inference_mode(False):
+            return self._kept.workspace.take(name, shape, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +99,9 @@ class TiledGrid:
     scratch: Workspace = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scratch = Workspace(self.device)
+        self.scratch = _KeptWorkspace(self.device) if self.device.type == "cpu" else Workspace(self.device)
         self.tiles = tiling(self.windows, choose_sizes(self.windows))
-        self.strips &= len(self.windows) > 1 and not self.extra and self.device.type == "cpu"
+        self.strips &= len(self.windows) >= STRIP_AXES and not self.extra and self.device.type == "cpu"
         if self.strips:
             strips = tiling(self.windows, choose_sizes(self.windows, True), True)
             row = strips.count // strips.axes[0].count * self.heads * self.group * strips.size * strips.halo
