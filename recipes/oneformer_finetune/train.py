@@ -38,6 +38,7 @@ from hf_attn.training.scenes import (
 HERE = Path(__file__).parent
 SMOKE = {
     "images": 4,
+    "size": 64,
     "build": {"encoder_layers": 1, "decoder_layers": 2, "train_num_points": 64},
     "training": {"max_steps": 8, "per_device_train_batch_size": 4, "save_steps": 4, "logging_steps": 2,
                  "warmup_steps": 2},
