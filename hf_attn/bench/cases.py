@@ -60,6 +60,7 @@ class Case:
         permute: what brings tokens into the op's order and back.
         tolerance: error in the Frobenius norm that the op has by design (quantised products); replaces `SLACK`.
         rivals: the same op by other back ends, name -> function of the leaves.
+        builds: what builds the pattern of a variant, for its time.
     """
 
     run: Callable[..., Tensor]
@@ -74,6 +75,7 @@ class Case:
     permute: Function | None = None
     tolerance: float | None = None
     rivals: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+    builds: dict[str, Function] = field(default_factory=dict)
 
     def forward(self, run: Callable[..., Tensor] | None = None) -> Function:
         """A call without gradients."""

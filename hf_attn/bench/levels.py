@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,11 +63,13 @@ class Job:
         row: the key without the variant.
         variants: variant -> (path of the ops, name of a rival of the case or None for the op itself).
         build: makes the case.
+        absent: variants that cannot run here, and the status that says why.
     """
 
     row: Row
     variants: dict[str, tuple[str, str | None]]
     build: Callable[[], Case]
+    absent: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
         return [self.row | {"variant": name} for name in self.variants]
@@ -145,6 +147,7 @@ def run_jobs(
 def run_job(job: Job, plan: Plan) -> list[Row]:
     """The rows of a job; what cannot run or computes wrongly has a status that says so, and no times."""
     torch.manual_seed(0)
+    torch.set_num_threads(job.row["threads"])
     kind = job.row["pass"]
     try:
         case = job.build()
@@ -153,6 +156,9 @@ def run_job(job: Job, plan: Plan) -> list[Row]:
     found: dict[str, Row] = {}
     functions: dict[str, Function] = {}
     for variant, (path, rival) in job.variants.items():
+        if variant in job.absent:
+            found[variant] = {"status": job.absent[variant]}
+            continue
         run = case.run if rival is None else case.rivals.get(rival)
         try:
             if run is None:
@@ -201,13 +207,22 @@ def time_case(case: Case, functions: dict[str, Function], plan: Plan, kind: str)
         if function is not None:
             runs[name] = function
             function()
+    builds = {name: _milliseconds(case.builds[name], plan.device) for name in functions if name in case.builds}
     times = measure(runs, plan.device, repeats=plan.repeats, graphs=plan.graphs)
     extra = {name: times[name] for name in ("select", "permute") if name in times}
     dense = times.get("dense")
     peak = peak_memory(runs["dense"], plan.device) if dense else None
     rows = {}
+    peers = [name for name in functions if name in case.rivals]
     for name, function in functions.items():
         rows[name] = figures_row(times[name], dense, dense_name, case.density, extra)
+        if name not in peers and len(peers) == 1:
+            theirs = times[peers[0]].timing
+            rows[name]["over_peer"] = paired_ratio(theirs, times[name].timing)
+            if theirs.spread > NOISY and rows[name]["status"] == "ok":
+                rows[name]["status"] = f"rejected: peer spread {theirs.spread:.0%}"
+        if name in builds:
+            rows[name]["build_ms"] = builds[name]
         rows[name]["peak_mib"] = peak_memory(function, plan.device) / 2**20
         if peak is not None:
             rows[name]["dense_peak_mib"] = peak / 2**20
@@ -240,6 +255,12 @@ def figures_row(
     if base.spread > NOISY:
         row["status"] = f"rejected: dense spread {base.spread:.0%}"
     return row
+
+
+def _milliseconds(function: Function, device: str) -> float:
+    """Of a few calls on their own: what happens once is not worth a place in the rounds."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    return interleaved({"": function}, repeats=3, synchronize=wait)[""].median * 1e3
 
 
 def _sum(*timings: Timing) -> Timing:
@@ -281,6 +302,7 @@ def summary(row: Row) -> dict[str, Any]:
         "N": f"{row['length']}", "density": number("density", ".3f"), "ms": number("ms", ".3f"),
         "spread": number("spread", ".0%"), "eager": number("eager_ms", ".3f"), "dense": number("dense_ms", ".3f"),
         "select": number("select_ms", ".3f"), "permute": number("permute_ms", ".3f"),
-        "speed-up": number("speedup", ".2f"), "limit": number("limit", ".0%"), "MiB": number("peak_mib", ".1f"),
+        "build": number("build_ms", ".2f"), "speed-up": number("speedup", ".2f"), "/peer": number("over_peer", ".2f"),
+        "limit": number("limit", ".0%"), "MiB": number("peak_mib", ".1f"),
         "note": (row.get("dense") or "") if ok else row["status"],
     }  # fmt: skip

@@ -25,11 +25,12 @@ KEY = (
     "run", "level", "name", "variant", "dtype", "pass", "length", "shape", "requested", "options", "threads",
     "hardware", "torch", "triton", "transformers", "hf_attn", "git",
 )  # fmt: skip
-# Milliseconds are medians, a spread is the interquartile range over the median, sizes are MiB.
+# Milliseconds are medians, a spread is the interquartile range over the median, sizes are MiB. `over_peer` is the time
+# of the peer over ours.
 RESULTS = (
     "status", "ms", "spread", "eager_ms", "dense", "dense_ms", "dense_spread", "dense_eager_ms", "speedup", "density",
-    "limit", "select_ms", "permute_ms", "speedup_with_selection", "peak_mib", "dense_peak_mib", "error", "allowed",
-    "repeats", "timer", "load", "date",
+    "limit", "select_ms", "permute_ms", "build_ms", "speedup_with_selection", "over_peer", "peak_mib",
+    "dense_peak_mib", "error", "allowed", "repeats", "timer", "load", "date",
 )  # fmt: skip
 COLUMNS = KEY + RESULTS
 RESULTS_FOLDER = Path(__file__).parent / "results"
