@@ -22,6 +22,7 @@ from hf_attn.bench.models import load_language_model, random_layers
 from hf_attn.bench.timing import machine_load
 from hf_attn.cli.bench_common import ListOptions
 from hf_attn.cli.bench_levels import mask, op, peer
+from hf_attn.cli.bench_model import model
 from hf_attn.cli.bench_report import report
 from hf_attn.cli.common import NumberLists, console, one_clear_line, parse_integers, parse_options, progress_line
 from hf_attn.cli.decode_tables import LSERVE, decode_notes, decode_table, head_options, prefill_table
@@ -42,6 +43,7 @@ def _group() -> None:
 bench.command("op", cls=ListOptions)(op)
 bench.command("mask", cls=ListOptions)(mask)
 bench.command("peer", cls=ListOptions)(peer)
+bench.command("model", cls=ListOptions)(model)
 bench.command("report")(report)
 
 

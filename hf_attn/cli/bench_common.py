@@ -57,7 +57,11 @@ class ListOptions(TyperCommand):
 def _is_value(option: str, text: str) -> bool:
     if option in ("--lengths", "--density", "--threads-list"):
         return text.replace(".", "", 1).isdecimal()
-    words = {"--dtype": DTYPES, "--passes": PASSES, "--path": ("auto", "torch", "triton", "flex", "natten", "fla")}
+    words = {
+        "--dtype": DTYPES,
+        "--passes": (*PASSES, "prefill", "train"),
+        "--path": ("auto", "torch", "triton", "flex", "natten", "fla"),
+    }
     return text in words[option]
 
 
