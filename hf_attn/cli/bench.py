@@ -20,6 +20,7 @@ from hf_attn.bench import decode as decoding
 from hf_attn.bench import prefill_speed
 from hf_attn.bench.models import load_language_model, random_layers
 from hf_attn.bench.timing import machine_load
+from hf_attn.cli.bench_bars import bars
 from hf_attn.cli.bench_common import ListOptions
 from hf_attn.cli.bench_levels import mask, op, peer
 from hf_attn.cli.bench_model import model
@@ -45,6 +46,7 @@ bench.command("mask", cls=ListOptions)(mask)
 bench.command("peer", cls=ListOptions)(peer)
 bench.command("model", cls=ListOptions)(model)
 bench.command("report")(report)
+bench.command("bars")(bars)
 
 
 @bench.command("decode", cls=NumberLists)
