@@ -11,7 +11,7 @@ from hf_attn.bench import levels, runner
 from hf_attn.bench.cases import Setting, check, ops_table
 from hf_attn.bench.kernel_calls import Shape
 from hf_attn.bench.masks import MASKS, build
-from hf_attn.bench.record import COLUMNS, KEY, Store, read_rows
+from hf_attn.bench.record import COLUMNS, KEY, Store, committed_results, read_rows
 from hf_attn.bench.runner import Figures
 from hf_attn.bench.timing import Timing
 from hf_attn.cli.app import app
@@ -163,6 +163,11 @@ def test_keys_hold_hardware_versions_and_shapes(tmp_path):
     assert Store(tmp_path / "rows.csv").has({"name": "a"}) and not store.has({"name": "a", "git": "other"})
     with pytest.raises(ValueError, match="no columns"):
         store.add({"speed": 1})
+
+
+def test_committed_results_can_be_read():
+    rows = read_rows(committed_results())
+    assert rows and all(row["hardware"] and row["torch"] and row["git"] for row in rows)
 
 
 BAD = {
