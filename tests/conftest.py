@@ -20,6 +20,15 @@ if not torch.cuda.is_available():
 from hf_attn.ops import reset_path_counts
 
 
+def pytest_runtest_setup(item):
+    """Tests that compile with inductor are skipped, and listed, where no C++ compiler runs."""
+    if item.get_closest_marker("needs_cxx") and not torch.cuda.is_available():
+        from hf_attn.bench.peers import cxx_missing
+
+        if cxx_missing():
+            pytest.skip("needs a C++ compiler: install g++, or set CXX")
+
+
 @pytest.fixture(autouse=True)
 def fresh_state(monkeypatch):
     """Seeded generator, no forced backend, path counters at zero."""

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_attn.models.lamamba_diff import LaMambaDiffTransformer2DModel
-from hf_attn.models.lamamba_diff.paths import PATHS
 from hf_attn.ops import selective_scan
+
+PATHS = 4  # orders in which LaMamba-Diff reads an image
 
 
 def operands(batch: int, length: int, channels: int, size: int) -> list[Tensor]:
@@ -65,6 +65,8 @@ def measure(batch: int, length: int, channels: int, size: int, repeats: int) -> 
 
 def growth(repeats: int) -> float:
     """Time of a forward at side 64 over side 32."""
+    from hf_attn.models.lamamba_diff import LaMambaDiffTransformer2DModel
+
     options = {"base_channels": 16, "num_heads": 2, "depths": [1, 1, 1, 1], "bottleneck_depth": 1, "num_classes": 10}
     model = LaMambaDiffTransformer2DModel(**options, ssm_state_size=1).eval()
     times: dict[int, list[float]] = {32: [], 64: []}

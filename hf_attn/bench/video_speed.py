@@ -41,7 +41,7 @@ from hf_attn.mechanism import (
 # Heads, head dimension, width of the feed-forward. Three layers: one of every partition of VMoBA.
 MODELS = {"wan": (4, 128, 3072), "small": (2, 64, 512)}
 LAYERS = 3
-GRIDS = {2048: (8, 16, 16), 4096: (16, 16, 16), 8192: (16, 16, 32)}
+GRIDS = {512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16), 8192: (16, 16, 32)}
 SPARSE = {"dense_steps": 0, "min_tokens": 0, "strict": True}
 NOTHING = Mechanism(
     name="nothing",

@@ -20,6 +20,11 @@ from hf_attn.bench import decode as decoding
 from hf_attn.bench import prefill_speed
 from hf_attn.bench.models import load_language_model, random_layers
 from hf_attn.bench.timing import machine_load
+from hf_attn.cli.bench_bars import bars
+from hf_attn.cli.bench_common import ListOptions
+from hf_attn.cli.bench_levels import mask, op, peer
+from hf_attn.cli.bench_model import model
+from hf_attn.cli.bench_report import report
 from hf_attn.cli.common import NumberLists, console, one_clear_line, parse_integers, parse_options, progress_line
 from hf_attn.cli.decode_tables import LSERVE, decode_notes, decode_table, head_options, prefill_table
 
@@ -30,8 +35,18 @@ bench = typer.Typer(no_args_is_help=True)
 def _group() -> None:
     """Measure speed against dense attention in the same run.
 
+    Example: `hf-attn bench op block_sparse_attention --lengths 4096 8192`
+
     Example: `hf-attn bench decode --lengths 2048 4096 8192`
     """
+
+
+bench.command("op", cls=ListOptions)(op)
+bench.command("mask", cls=ListOptions)(mask)
+bench.command("peer", cls=ListOptions)(peer)
+bench.command("model", cls=ListOptions)(model)
+bench.command("report")(report)
+bench.command("bars")(bars)
 
 
 @bench.command("decode", cls=NumberLists)

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer.core import TyperCommand
 
@@ -22,7 +23,7 @@ def one_clear_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        message = " ".join(str(error).split())
+        message = escape(" ".join(str(error).split()))
         _errors.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True, markup=True)
         raise typer.Exit(2) from None
 
