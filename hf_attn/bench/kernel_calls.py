@@ -167,11 +167,11 @@ def _block_sparse(q_len: int | None = None, block_q: int = 128) -> Callable[[Sha
     return arguments
 
 
-def _routed(q_len: int | None = None) -> Callable[[Shape], tuple[Any, ...]]:
+def _routed(q_len: int | None = None, block: int = 128) -> Callable[[Shape], tuple[Any, ...]]:
     def arguments(shape: Shape) -> tuple[Any, ...]:
         query, key, value = shape.tensors(q_len)
-        routes = shape.lists(query.shape[2], -(-shape.k_len // 128), 8)
-        return query, key, value, routes, shape.token_index(q_len), 128, shape.causal, shape.scale, False
+        routes = shape.lists(query.shape[2], -(-shape.k_len // block), 8)
+        return query, key, value, routes, shape.token_index(q_len), block, shape.causal, shape.scale, False
 
     return arguments
 
@@ -357,6 +357,7 @@ CALLS = (
     KernelCall("select routes: decode", *_ROUTES, _select_routes(8, 1)),
     KernelCall("select routes: several passes", *_ROUTES, _select_routes(300, None, 4)),
     KernelCall("routed attention", *_ROUTED, _routed()),
+    KernelCall("routed attention: long blocks", *_ROUTED, _routed(block=256)),
     KernelCall("routed attention: decode", *_ROUTED, _routed(1)),
     KernelCall("routed attention: backward", *_ROUTED_BACKWARD, _routed_gradients),
     KernelCall("routed attention: backward, no atomics", *_ROUTED_BACKWARD, _routed_gradients, deterministic=True),

@@ -64,6 +64,7 @@ class Device(Protocol):
     """What tuning needs of a device; tests put another one in its place."""
 
     target: str
+    name: str  # of the device and the compiler, for the table
 
     def prepare(self, pairs: list[tuple[Task, Config]]) -> None:
         """Begin to look for the obstacles of many configurations."""
@@ -233,7 +234,10 @@ def tune(
                 search.take(found, plan, rounds)
                 row = {"dtype": search.task.dtype, "head_dim": search.task.head_dim, "config": search.best}
                 rows = launch.read_table(output) if output.is_file() else {}
-                write_table(output, with_row(rows, search.task.kernel, {"target": device.target, **row}))
+                write_table(
+                    output,
+                    with_row(rows, search.task.kernel, {"target": device.target, **row, "measured": device.name}),
+                )
             known[search.task.key] = search.saved()
             _write(progress, json.dumps(known, indent=1))
             if search.end:
@@ -324,7 +328,8 @@ def check(
             except Exception as error:
                 problems.append(f"does not compile: {type(error).__name__}: {error}".splitlines()[0][:300])
         may_spill = task.head_dim > 128 or target != "sm_90"
-        problems += [p for p in (aot.problem(b, spills_allowed=may_spill) for b in built) if p]
+        found_problems = (aot.problem(b, spills_allowed=may_spill, measured="measured" in row) for b in built)
+        problems += [p for p in found_problems if p]
         worst = [max((getattr(b, name) for b in built), default=0) for name in ("shared", "registers", "spills")]
         checked.append(Checked(task.kernel, target, row, len(programs), *worst, tuple(dict.fromkeys(problems))))
     step("done", total, total)

@@ -26,7 +26,10 @@ class Gpu:
                 "configuration without one"
             )
         self.device = torch.device("cuda")
+        import triton
+
         self.target = launch.target_of(self.device)
+        self.name = f"{torch.cuda.get_device_name()}, triton {triton.__version__}"
         self.repeats, self.jobs = repeats, jobs or max(1, (os.cpu_count() or 1) - 1)
         properties = torch.cuda.get_device_properties(self.device)
         self._shared = getattr(properties, "shared_memory_per_block_optin", None) or properties.shared_memory_per_block

@@ -28,6 +28,7 @@ class Pretended:
 
     def __init__(self, best: dict[str, int], interrupt_after: int = 10**9) -> None:
         self.target, self.best, self.left, self.timed = "sm_99", best, interrupt_after, []
+        self.name = "a device of our own"
 
     def prepare(self, pairs):
         self.prepared = getattr(self, "prepared", 0) + len(pairs)
