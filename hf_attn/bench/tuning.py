@@ -232,12 +232,10 @@ def tune(
                 search.end = f"failed: {error}".splitlines()[0]
             else:
                 search.take(found, plan, rounds)
-                row = {"dtype": search.task.dtype, "head_dim": search.task.head_dim, "config": search.best}
+                row = {"target": device.target, "dtype": search.task.dtype, "head_dim": search.task.head_dim}
+                row |= {"config": search.best, "measured": device.name}
                 rows = launch.read_table(output) if output.is_file() else {}
-                write_table(
-                    output,
-                    with_row(rows, search.task.kernel, {"target": device.target, **row, "measured": device.name}),
-                )
+                write_table(output, with_row(rows, search.task.kernel, row))
             known[search.task.key] = search.saved()
             _write(progress, json.dumps(known, indent=1))
             if search.end:

@@ -85,7 +85,9 @@ def main() -> None:
                 }
             else:
                 result |= {"kernel": str(built), "shared": built.shared, "spills": built.spills}
-                result |= {"registers": built.registers, "problem": aot.problem(built)}
+                settings = (built.meta | built.options).items()
+                measured = any("measured" in row and row["config"].items() <= settings for row in rows)
+                result |= {"registers": built.registers, "problem": aot.problem(built), "measured": measured}
             print(json.dumps(result | {"specialisation": specialisation_errors(program)}), flush=True)
         if part == 0:
             print(json.dumps({"target": target, "rows": rows}), flush=True)

@@ -51,7 +51,8 @@ def check(programs: list[dict]) -> None:
     assert not [p for p in programs if "error" in p]
     too_big = [p for p in programs if p["shared"] > aot.SHARED_LIMITS[p["target"]]]
     assert not too_big, too_big
-    spilling = [p for p in programs if p["spills"] and p["target"] == "sm_90" and p["head_dim"] <= 128]
+    near = [p for p in programs if p["target"] == "sm_90" and p["head_dim"] <= 128]
+    spilling = [p for p in near if p["spills"] > aot.MEASURED_SPILLS * p["measured"]]
     assert not spilling, spilling
     assert not [error for p in programs for error in p["specialisation"]]
 
