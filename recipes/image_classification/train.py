@@ -22,9 +22,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_attn  # noqa: F401  (registers the backbones)
 from hf_attn.training.image_trainer import ImageTrainer, WeightAverage
-from hf_attn.training.images import ImageFolder, digits, nearest_neighbour
+from hf_attn.training.images import COLORS, SHAPES, ImageFolder, colored_shapes, digits, nearest_neighbour
 
 HERE = Path(__file__).parent
+# Sets that a package brings, in memory: their classes.
+SETS = {"digits": list("0123456789"), "shapes": [f"{color} {shape}" for shape in SHAPES for color in COLORS]}
 # Sizes that show within seconds that everything runs and the loss falls.
 SMOKE = {
     "seeds": [0],
@@ -39,6 +41,8 @@ def datasets(options: dict[str, Any], config: Any, split: str, seed: int) -> tup
     """Images for training and held-out images."""
     if options["data"] == "digits":
         return digits(split, seed)
+    if options["data"] == "shapes":
+        return colored_shapes()
     folder, processor = Path(options["data"]), config.image_processor()
     train = ImageFolder(folder / "train", processor, crop=options["crop"])
     held_out = ImageFolder(folder / "validation", processor)
@@ -50,7 +54,7 @@ def datasets(options: dict[str, Any], config: Any, split: str, seed: int) -> tup
 def build(options: dict[str, Any], name: str) -> Any:
     """Config of a backbone: a published preset, or fields of its own."""
     fields = dict(options["backbones"][name])
-    classes = list("0123456789") if options["data"] == "digits" else _classes(Path(options["data"]))
+    classes = SETS.get(options["data"]) or _classes(Path(options["data"]))
     kind, preset = fields.pop("model_type"), fields.pop("preset", None)
     labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
     fields = {**options["model"], **fields, **labels}
@@ -97,7 +101,7 @@ def run(options: dict[str, Any], name: str, split: str, seed: int, folder: Path)
         augment=options["augment"],
         mixing=options["mixing"],
         smoothing=options["label_smoothing"],
-        resize=options["data"] == "digits",
+        resize=options["data"] in SETS,
     )
     before, start = trainer.evaluate(), time.perf_counter()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
@@ -112,14 +116,14 @@ def run(options: dict[str, Any], name: str, split: str, seed: int, folder: Path)
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "seconds": seconds,
     }
-    if options["data"] == "digits":
+    if options["data"] in SETS:
         measured["nearest_neighbour"] = nearest_neighbour(train, held_out)
     if trainer.is_world_process_zero():
         trainer.save_model(str(folder / "model"))
         if config.num_channels == 3:
-            # Digits were trained on whole images in -1 .. 1.
+            # These were trained on whole images in -1 .. 1.
             plain = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "crop_pct": 1.0}
-            processor = config.image_processor(**(plain if options["data"] == "digits" else {}))
+            processor = config.image_processor(**(plain if options["data"] in SETS else {}))
             processor.save_pretrained(folder / "model")
         result.write_text(json.dumps(measured, indent=1))
     return measured
@@ -168,7 +172,7 @@ def main() -> None:
     torch.set_num_threads(options["threads"] or torch.get_num_threads())
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for name in arguments.backbones or options["backbones"]:
-        for split in options["splits"] if options["data"] == "digits" else ["validation"]:
+        for split in options["splits"] if options["data"] in SETS else ["validation"]:
             for seed in options["seeds"]:
                 measured = run(options, name, split, seed, output / f"{name}-{split}-{seed}")
                 results.setdefault(name, {}).setdefault(split, []).append(measured)

@@ -60,6 +60,18 @@ def test_digits():
         pieces.digits("head")
 
 
+def test_colored_shapes():
+    """Labels come from the questions; pixels must agree with them."""
+    pytest.importorskip("easy_vqa", reason="needs the package easy-vqa")
+    train, test = pieces.colored_shapes()
+    assert len(train) == 3542 and len(test) == 880 and train.pixels.shape[1:] == (3, 64, 64)
+    assert train.labels.unique().tolist() == test.labels.unique().tolist() == list(range(24))
+    red = test.pixels[test.labels % 8 == pieces.COLORS.index("red")]
+    off = (red - red[:, :, :1, :1]).abs().sum(1) > 0.5
+    means = torch.stack([(red[:, c] * off).sum() / off.sum() for c in range(3)])
+    assert means[0] > 0.9 and means[1:].max() < 0.3
+
+
 def test_mixing():
     torch.manual_seed(0)
     pixels = torch.stack([torch.full((1, 8, 8), float(value)) for value in range(4)])
