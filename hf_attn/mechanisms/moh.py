@@ -60,8 +60,9 @@ def attend(call: AttentionCall, config: MoHConfig) -> Tensor:
 
 def _record(call: AttentionCall, heads: Tensor, path: str) -> None:
     reason = None
-    if path == "torch" and call.tokens.is_plain and routes_dense(heads, call.k_len):
-        path, reason = "torch: dense", "too short, or too few heads skipped, to be faster than dense attention"
+    if path != "reference" and call.tokens.is_plain and routes_dense(call.query, call.key, call.value, heads):
+        path = f"{path}: dense"
+        reason = "too short, or too few heads skipped, to be faster than dense attention"
     rows = call.tokens.query_ranks(call.query.device) + 1 if call.causal else torch.full((1, 1), call.k_len)
     rows = rows.to(heads.device, torch.float64)[:, None].clamp(min=0).expand(heads.shape)
     chosen = (heads * rows).sum()
