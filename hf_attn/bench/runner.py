@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_attn.bench.routed_speed import peak_bytes
-from hf_attn.bench.timing import Timing, interleaved
+from hf_attn.bench.timing import Timing, graph_of, interleaved
 
 Function = Callable[[], Any]
 # Above this spread of the dense rounds a ratio says more about the machine than about the code.
@@ -59,34 +59,6 @@ class Figures:
     timing: Timing
     eager: Timing | None
     timer: str
-
-
-def graph_of(function: Function) -> Function | None:
-    """Replays of the function captured as a CUDA graph, None where it waits for the device or cannot be captured."""
-    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    mode = torch.cuda.get_sync_debug_mode()
-    stream.wait_stream(current)
-    try:
-        with torch.cuda.stream(stream):
-            function()  # compiles, and fills caches
-            # A function that waits would break the capture, which torch does not always recover from.
-            torch.cuda.set_sync_debug_mode("error")
-            for _ in range(2):
-                function()
-            torch.cuda.set_sync_debug_mode(mode)
-        current.wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            function()
-        graph.replay()
-        torch.cuda.synchronize()
-    except Exception:  # whatever a capture makes of it, the launches one by one can be timed
-        torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.set_stream(current)  # a failed capture leaves its own stream behind
-        torch.cuda.synchronize()
-        return None
-    return graph.replay
 
 
 def measure(functions: dict[str, Function], device: str, *, repeats: int, graphs: bool = True) -> dict[str, Figures]:

@@ -67,7 +67,7 @@ def device_times(functions: dict[str, Callable[[], object]], *, repeats: int = 7
 
     runs, times = {}, {}
     for name, function in functions.items():
-        runs[name] = captured(function)
+        runs[name] = graph_of(function) or function
         runs[name]()
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -90,29 +90,34 @@ def device_times(functions: dict[str, Callable[[], object]], *, repeats: int = 7
     return {name: Timing(tuple(s / turns[name] for s in timing.samples)) for name, timing in found.items()}
 
 
-def captured(function: Callable[[], object]) -> Callable[[], object]:
-    """A replay of the function's work on the GPU, or the function itself where it cannot be captured."""
+def graph_of(function: Callable[[], object]) -> Callable[[], object] | None:
+    """Replays of the function captured as a CUDA graph, None where it waits for the device or cannot be captured."""
     import torch
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    mode = torch.cuda.get_sync_debug_mode()
+    stream.wait_stream(current)
     try:
-        with torch.cuda.graph(graph):
-            kept = function()
-    except RuntimeError:  # it waits for the device
+        with torch.cuda.stream(stream):
+            function()  # compiles, and fills caches
+            # A function that waits would break the capture, which torch does not always recover from.
+            torch.cuda.set_sync_debug_mode("error")
+            for _ in range(2):
+                function()
+            torch.cuda.set_sync_debug_mode(mode)
+        current.wait_stream(stream)
         torch.cuda.synchronize()
-        return function
-
-    def replay() -> object:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            function()
         graph.replay()
-        return kept
-
-    return replay
+        torch.cuda.synchronize()
+    except Exception:  # whatever a capture makes of it, the launches one by one can be timed
+        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.set_stream(current)  # a failed capture leaves its own stream behind
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
 
 
 def paired_ratio(numerator: Timing, denominator: Timing) -> float:
