@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,11 @@ def _tune(
         require_one_of("--head-dim", str(size), tuple(map(str, known)))
     tasks = [task for task in tasks if not head_dims or task.head_dim in head_dims]
     changed, done, start = 0, 0, time.perf_counter()
-    limits = {"limit": candidates, "rounds": rounds} | ({} if minutes is None else {"seconds": 60 * minutes})
+    seconds = math.inf if minutes is None else 60 * minutes
     try:
         with _progress() as progress:
             bar = progress.add_task("tuning", total=len(tasks))
-            for search in tuning.tune(tasks, device, output, **limits):
+            for search in tuning.tune(tasks, device, output, limit=candidates, rounds=rounds, seconds=seconds):
                 progress.console.print(f"{search.task.key}: {_ending(search)}", highlight=False)
                 progress.update(bar, advance=1, description=search.task.kernel)
                 changed += search.best != search.start

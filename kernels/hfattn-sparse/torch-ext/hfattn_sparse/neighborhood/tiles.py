@@ -15,10 +15,6 @@ from .geometry import Window, group_bounds, group_lengths
 # Nanoseconds of one score, of copying one key and value and of one tile, as measured on a CPU core with AVX-512; their
 # ratios decide the tile.
 SCORE_COST, KEY_COST, TILE_COST = 1.6, 20.0, 500.0
-# The same of tiles in strips, whose keys are copied once for all tiles of the first axis: one score, what a score costs
-# more in a tile of one query, what a row costs more that 16 does not divide, one key and value copied and their
-# gradients added, and one tile of the first axis.
-STRIP_SCORE_COST, THIN_COST, RAGGED_COST, STRIP_KEY_COST, STRIP_COST = 1.6, 16.0, 15.0, 50.0, 20000.0
 # Tile sizes that are tried along an axis; on a GPU small ones only waste launches.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _CACHED = 64
@@ -32,8 +28,7 @@ class AxisTiles:
         window: of the axis.
         size: queries per tile; halo: keys per tile.
         query: positions on the axis of each tile's queries, int64 `[tiles, size]`; past a group's end the last repeats.
-        order: positions group by group, int64 `[length]`: in this order a halo is a stretch.
-        start: where in it each tile's halo begins.
+        keys: positions of its halo, int64 `[tiles, halo]`.
         real: which of them count, bool `[tiles, size]`.
         kind: of each tile; tiles of one kind have the same mask.
         low, high, spot: first key, end of keys and own place of every query in its tile's halo, int64 `[kinds, size]`.
@@ -43,8 +38,7 @@ class AxisTiles:
     size: int
     halo: int
     query: Tensor
-    order: Tensor
-    start: tuple[int, ...]
+    keys: Tensor
     real: Tensor
     kind: tuple[int, ...]
     low: Tensor
@@ -54,11 +48,6 @@ class AxisTiles:
     @property
     def count(self) -> int:
         return len(self.query)
-
-    @property
-    def keys(self) -> Tensor:
-        """Positions of the halo of each tile, int64 `[tiles, halo]`."""
-        return self.order[torch.tensor(self.start)[:, None] + torch.arange(self.halo)]
 
     def mask(self, kind: int) -> Tensor:
         """Bool `[size, halo]`: keys that the queries of a tile see."""
@@ -78,6 +67,7 @@ def axis_tiles(window: Window, size: int) -> AxisTiles:
             pieces.append((first, length, row, low[row], high[row], torch.arange(begin, begin + size) < length))
         first += length
     halo = max(int(high.max() - low.min()) for _, _, _, low, high, _ in pieces)
+    # Tokens group by group: in this order a halo is a stretch.
     order = torch.cat([torch.arange(g, window.length, window.dilation) for g in range(window.dilation)])
     start, kinds, kind, query = [], {}, [], []
     for first, length, row, low, high, _ in pieces:
@@ -90,8 +80,9 @@ def axis_tiles(window: Window, size: int) -> AxisTiles:
         query.append(order[first + row])
     tables = torch.tensor(list(kinds)).view(len(kinds), 3, size)
     real = torch.stack([piece[-1] for piece in pieces])
+    keys = order[torch.tensor(start)[:, None] + torch.arange(halo)]
     low, high, spot = tables.unbind(1)
-    return AxisTiles(window, size, halo, torch.stack(query), order, tuple(start), real, tuple(kind), low, high, spot)
+    return AxisTiles(window, size, halo, torch.stack(query), keys, real, tuple(kind), low, high, spot)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +91,7 @@ class Tiling:
 
     Args:
         axes: tiles of each axis.
-        picks: tile of each axis that each tile is made of, int64 `[tiles, axes]`; tiles of one kind are neighbours, or,
-            in strips, those of one kind that share the tile of the first axis.
+        picks: tile of each axis that each tile is made of, int64 `[tiles, axes]`; tiles of one kind are neighbours.
         runs: first tile, end and kinds (of each axis) of every stretch of tiles with one mask.
         padded: some tiles hold padding.
     """
@@ -138,19 +128,6 @@ class Tiling:
             real = (real[:, :, None] & axis.real[self.picks[tiles, dim]][:, None]).flatten(1)
         return real
 
-    def column_tokens(self, tiles: slice) -> Tensor:
-        """The halo of every tile stretched over the first axis, in its `order`: int64 `[tiles, length * halo]`.
-
-        The halo of a tile is then a stretch of its column.
-        """
-        return self._flat(tiles, [self.axes[0].order.expand(self.axes[0].count, -1), *(x.keys for x in self.axes[1:])])
-
-    def stretch(self, tile: int) -> slice:
-        """Where the halo of a tile lies in its column."""
-        first, width = self.axes[0], math.prod(axis.halo for axis in self.axes[1:])
-        start = first.start[int(self.picks[tile, 0])] * width
-        return slice(start, start + first.halo * width)
-
     def _flat(self, tiles: slice, tables: list[Tensor]) -> Tensor:
         flat = torch.zeros(1, 1, dtype=torch.int64)
         for dim, (axis, table) in enumerate(zip(self.axes, tables, strict=True)):
@@ -186,8 +163,8 @@ class Tiling:
 
 
 @lru_cache(_CACHED)
-def tiling(windows: tuple[Window, ...], sizes: tuple[int, ...], strips: bool = False) -> Tiling:
-    """Tiles of `sizes` queries over a grid; in strips, tile by tile of the first axis."""
+def tiling(windows: tuple[Window, ...], sizes: tuple[int, ...]) -> Tiling:
+    """Tiles of `sizes` queries over a grid."""
     # What is kept must not be an inference tensor: later calls may need gradients.
     with torch.inference_mode(False):
         axes = tuple(axis_tiles(window, size) for window, size in zip(windows, sizes, strict=True))
@@ -195,7 +172,7 @@ def tiling(windows: tuple[Window, ...], sizes: tuple[int, ...], strips: bool = F
         number = torch.zeros(len(picks), dtype=torch.int64)
         for dim, axis in enumerate(axes):
             number = number * len(axis.low) + torch.tensor(axis.kind)[picks[:, dim]]
-        order = (picks[:, 0] * (number.max() + 1) + number if strips else number).argsort(stable=True)
+        order = number.argsort(stable=True)
         picks, number = picks[order], number[order]
         kinds, lengths = number.unique_consecutive(return_counts=True)
         ends = lengths.cumsum(0)
@@ -210,19 +187,15 @@ def tiling(windows: tuple[Window, ...], sizes: tuple[int, ...], strips: bool = F
 
 
 @lru_cache(_CACHED)
-def choose_sizes(windows: tuple[Window, ...], strips: bool = False) -> tuple[int, ...]:
+def choose_sizes(windows: tuple[Window, ...]) -> tuple[int, ...]:
     """Queries per tile along each axis that cost least by the model above."""
     options = [[_shape(window, size) for size in _sizes(window)] for window in windows]
 
     def cost(shapes: tuple[tuple[int, int, int], ...]) -> float:
         sizes, halos, counts = zip(*shapes, strict=True)
         size, halo, count = math.prod(sizes), math.prod(halos), math.prod(counts)
-        if not strips:
-            return count * (size * halo * SCORE_COST + halo * KEY_COST + TILE_COST)
-        # Softmax takes rows in steps of 16 and the rest one by one.
-        score = STRIP_SCORE_COST + THIN_COST / size + (RAGGED_COST / halo if halo % 16 else 0)
-        keys = math.prod(counts[1:]) * math.prod(halos[1:]) * windows[0].length
-        return count * size * halo * score + keys * STRIP_KEY_COST + counts[0] * STRIP_COST
+        tile = size * halo * SCORE_COST + halo * KEY_COST + TILE_COST
+        return count * tile
 
     return tuple(shape[0] for shape in min(itertools.product(*options), key=cost))
 

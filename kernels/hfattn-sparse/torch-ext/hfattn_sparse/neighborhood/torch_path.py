@@ -42,14 +42,13 @@ def forward(
         scores, hidden = weights_of.scores(b, chunk, queries, keys)
         top = scores.amax(-1, keepdim=True) if want_lse else None
         weights = weights_of.softmax(scores, hidden)
-        mixed = grid.query_room("mixed", value.shape[3], chunk)
+        mixed = grid.room("mixed", grid.queries, value.shape[3], chunk)
         mix(weights, grid.take_keys("values", value[b], chunk), hidden, mixed)
-        grid.put_queries("mixed", out[b], chunk)
+        grid.put_queries(out[b], chunk, mixed)
         if top is not None:
             # The largest weight is exp(top - lse); a row without keys has none.
             found = torch.where(top == float("-inf"), top, top - weights.amax(-1, keepdim=True).log())
-            grid.query_room("lse", 1, chunk).copy_(found)
-            grid.put_queries("lse", lse[b], chunk)
+            grid.put_queries(lse[b], chunk, found)
     return out, lse.squeeze(3) if want_lse else lse
 
 
@@ -82,7 +81,7 @@ def backward(
         # The padding of a tile repeats a query, which must not count twice.
         upstream = grid.clear_padding(grid.take_queries("upstream", grad_out[b], chunk), chunk)
         grad_values = grid.room("grad_values", grid.keys, value.shape[3], chunk)
-        grid.add_keys("of_values", grads[2][b], chunk, mix_transposed(weights, upstream, hidden, grad_values))
+        grid.add_keys(grads[2][b], chunk, mix_transposed(weights, upstream, hidden, grad_values))
         grad_scores = torch.bmm(upstream, values.mT, out=grid.scores("grad_scores", chunk))
         if hidden is not None:
             grad_scores.masked_fill_(hidden, 0)
@@ -92,10 +91,10 @@ def backward(
             grad_scores.addcmul_(weights, grid.clear_padding(of_lse, chunk))
         if hidden is not None:
             grad_scores.masked_fill_(hidden, 0)
-        mix(grad_scores, keys, hidden, grid.query_room("grad_queries", query.shape[3], chunk))
-        grid.add_queries("grad_queries", grads[0][b], chunk)
+        grad_queries = grid.room("grad_queries", grid.queries, query.shape[3], chunk)
+        grid.add_queries(grads[0][b], chunk, mix(grad_scores, keys, hidden, grad_queries))
         grad_keys = grid.room("grad_keys", grid.keys, query.shape[3], chunk)
-        grid.add_keys("of_keys", grads[1][b], chunk, mix_transposed(grad_scores, queries, hidden, grad_keys))
+        grid.add_keys(grads[1][b], chunk, mix_transposed(grad_scores, queries, hidden, grad_keys))
         if bias is not None:
             bias.add(chunk, grad_scores)
     for grad in grads[:2]:
@@ -119,20 +118,20 @@ class _Weights:
             bias = torch.zeros(key_mask.shape, dtype=grid.dtype, device=grid.device)
             self.key_bias = bias.masked_fill_(~key_mask, float("-inf"))
         self._biases: dict[tuple[int, ...], Tensor | None] = {}
-        self._chunk_biases: dict[tuple, Tensor | None] = {}
 
     def scores(self, b: int, chunk: Chunk, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """Masked scores `[rows, group * size, halo + M]`, and in careful calls what is hidden (bool, same shape)."""
         grid = self.grid
         scores = grid.scores("scores", chunk)
         parts = grid.parts(scores, chunk)
-        bias = self._chunk_bias(chunk)
-        if bias is not None:
-            parts.copy_(bias)
-        torch.baddbmm(scores, queries, keys.mT, beta=int(bias is not None), alpha=self.scale, out=scores)
+        biases = [(run, self._bias(kinds)) for run, kinds in grid.runs(chunk)]
+        biased = any(bias is not None for _, bias in biases)
+        for run, bias in biases if biased else ():
+            parts[run] = 0 if bias is None else bias if self.rpb is None else bias[chunk.heads]
+        torch.baddbmm(scores, queries, keys.mT, beta=int(biased), alpha=self.scale, out=scores)
         of_keys = None
         if self.key_bias is not None:
-            of_keys = self.key_bias[b][grid.key_tokens(chunk)][:, None, None, None]
+            of_keys = self.key_bias[b][chunk.mask_rows][:, None, None, None]
             parts += of_keys
         if not self.careful:
             return scores, None
@@ -150,26 +149,6 @@ class _Weights:
         if hidden is not None:
             weights.masked_fill_(hidden, 0)
         return weights if empty is None else weights.masked_fill_(empty, 0)
-
-    def _chunk_bias(self, chunk: Chunk) -> Tensor | None:
-        """What is added to the scores of a chunk, broadcast to `[tiles, Hkv, group, size, halo + M]`; None: nothing."""
-        if chunk.begins:
-            self._chunk_biases = {}
-        if chunk.runs not in self._chunk_biases:
-            found = [self._bias(kinds) for _, _, kinds in chunk.runs]
-            found = [x if x is None or self.rpb is None else x[chunk.heads] for x in found]
-            if len(found) == 1:
-                bias = found[0]
-            elif all(x is None for x in found):
-                bias = None
-            else:
-                bias = next(x for x in found if x is not None)
-                bias = bias.new_zeros(chunk.shape[0], *[1] * (4 - bias.dim()), *bias.shape)
-                for (begin, end, _), of_run in zip(chunk.runs, found, strict=True):
-                    if of_run is not None:
-                        bias[begin:end] = of_run
-            self._chunk_biases[chunk.runs] = bias
-        return self._chunk_biases[chunk.runs]
 
     def _bias(self, kinds: tuple[int, ...]) -> Tensor | None:
         """Mask and relative bias `[size, halo + M]`, with rpb `[Hkv, group, size, halo + M]`."""
@@ -195,17 +174,17 @@ class _BiasGradient:
     def add(self, chunk: Chunk, grad_scores: Tensor) -> None:
         grid = self.grid
         parts = grid.parts(grad_scores, chunk)[..., : grid.tiles.halo]
-        for begin, end, kinds in chunk.runs:
+        for run, kinds in grid.runs(chunk):
             if kinds not in self._places:
                 self._places[kinds] = grid.tiles.bias_places(kinds).to(grid.device).flatten()
             # Masked pairs have no gradient, so the entry they name gets none.
-            self._flat[chunk.heads].index_add_(2, self._places[kinds], parts[begin:end].sum(0).flatten(2))
+            self._flat[chunk.heads].index_add_(2, self._places[kinds], parts[run].sum(0).flatten(2))
 
 
 def _grid(query: Tensor, key: Tensor, windows: tuple[Window, ...]) -> TiledGrid:
     tokens, heads = query.shape[1:3]
     group = heads // key.shape[2]
-    return TiledGrid(windows, key.shape[2], group, key.shape[1] - tokens, query.device, _wide(query), True)
+    return TiledGrid(windows, key.shape[2], group, key.shape[1] - tokens, query.device, _wide(query))
 
 
 def _wide(query: Tensor) -> torch.dtype:

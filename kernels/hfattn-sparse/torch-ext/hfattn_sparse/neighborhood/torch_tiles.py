@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,30 +16,10 @@ from .tiles import Tiling, choose_sizes, tiling
 
 # Scores that are formed at a time: what stays in a core's cache, and what fills a GPU.
 CPU_SCORES, GPU_SCORES = 1 << 17, 1 << 25
-# Strips are worth it from so many axes on (with two, columns take from the cache what fewer copies give), if the tiles
-# that share a tile of the first axis have this many scores.
-STRIP_AXES, STRIP_SCORES = 3, 1 << 14
-# Scratch tensors of at most this many bytes are kept from call to call on CPUs, by thread.
-KEPT_SCRATCH = 1 << 22
 # Masks of at most this many entries are kept from call to call.
 KEPT_MASK = 1 << 16
 # Lists of rows of at most this many entries likewise.
 KEPT_ROWS = 1 << 19
-
-
-class _KeptWorkspace(Workspace):
-    """Scratch memory whose small tensors serve the later calls of a thread too: no call touches fresh pages."""
-
-    _kept = threading.local()
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if math.prod(shape) * dtype.itemsize > KEPT_SCRATCH:
-            return super().take(name, shape, dtype)
-        if not hasattr(self._kept, "workspace"):
-            self._kept.workspace = Workspace(self._device)
-        # What is kept must not be an inference tensor: later calls may write outside inference mode.
-        with torch.inference_mode(False):
-            return self._kept.workspace.take(name, shape, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,23 +28,16 @@ class Chunk:
 
     Args:
         query_rows: rows of a query tensor `[N, Hq, ...]` seen as `[N * Hq, ...]`, flat from `[tiles, heads, group,
-            size]`; in strips from `[tiles of the first axis, tiles, heads, group, size]`.
-        key_rows: rows of a key tensor seen as `[(N + M) * Hkv, ...]`, flat from `[tiles, heads, halo + M]`; in strips
-            from `[tiles, heads, length of the first axis * halo of the others]`.
-        runs: tiles that share one mask, counted from the chunk's first: first, end and kinds.
-        row: in strips, the tile of the first axis; stretch: where of each column the tiles' halo lies; begins, ends:
-            whether this is the first or the last chunk with these rows.
+            size]`.
+        key_rows: rows of a key tensor seen as `[(N + M) * Hkv, ...]`, flat from `[tiles, heads, halo + M]`.
+        mask_rows: entries of a mask `[N + M]`, as `[tiles, halo + M]`.
     """
 
     tiles: slice
     heads: slice
     query_rows: Tensor
     key_rows: Tensor
-    runs: tuple[tuple[int, int, tuple[int, ...]], ...]
-    row: int
-    stretch: slice
-    begins: bool
-    ends: bool
+    mask_rows: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,7 +56,7 @@ class TiledGrid:
 
     Args:
         windows: of each axis; heads: KV heads; group: query heads of each; extra: keys off the grid, which every
-            query sees; device; dtype: of the computation; strips: whether tiles may share their halos' columns.
+            query sees; device; dtype: of the computation.
     """
 
     windows: tuple[Window, ...]
@@ -94,19 +65,12 @@ class TiledGrid:
     extra: int
     device: torch.device
     dtype: torch.dtype
-    strips: bool
     tiles: Tiling = field(init=False)
     scratch: Workspace = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scratch = _KeptWorkspace(self.device) if self.device.type == "cpu" else Workspace(self.device)
         self.tiles = tiling(self.windows, choose_sizes(self.windows))
-        self.strips &= len(self.windows) >= STRIP_AXES and not self.extra and self.device.type == "cpu"
-        if self.strips:
-            strips = tiling(self.windows, choose_sizes(self.windows, True), True)
-            row = strips.count // strips.axes[0].count * self.heads * self.group * strips.size * strips.halo
-            self.strips = row >= STRIP_SCORES
-            self.tiles = strips if self.strips else self.tiles
+        self.scratch = Workspace(self.device)
 
     @property
     def queries(self) -> int:
@@ -122,9 +86,16 @@ class TiledGrid:
         """All tiles of a batch row, so many at a time that the scores stay within bounds."""
         most = CPU_SCORES if self.device.type == "cpu" else GPU_SCORES
         fit = max(most // max(self.queries * self.keys, 1), 1)
-        cut = self.tiles, self.heads, self.group, self.extra, self.device, min(fit, self.heads), fit, self.strips
+        cut = self.tiles, self.heads, self.group, self.extra, self.device, min(fit, self.heads), fit
         rows = self.tiles.count * self.heads * (self.queries + self.keys)
         return iter(_kept_chunks(*cut)) if rows <= KEPT_ROWS else _chunks(*cut)
+
+    def runs(self, chunk: Chunk) -> Iterator[tuple[slice, tuple[int, ...]]]:
+        """Tiles of the chunk, from its first, that share one mask, and their kinds."""
+        first, stop = chunk.tiles.start, chunk.tiles.stop
+        for begin, end, kinds in self.tiles.runs:
+            if begin < stop and end > first:
+                yield slice(max(begin, first) - first, min(end, stop) - first), kinds
 
     def parts(self, x: Tensor, chunk: Chunk) -> Tensor:
         """A tensor `[rows, group * size, C]` as `[tiles, heads, group, size, C]`."""
@@ -137,71 +108,38 @@ class TiledGrid:
     # -- rows in and out -------------------------------------------------------------------------------------------
 
     def take_queries(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
-        """`[rows, group * size, C]` of a batch row `[N, Hq, C]`, in the scratch memory of this name.
-
-        Strips take the rows of all chunks up to `chunk.ends` at once, so chunks must come in order.
-        """
-        if chunk.begins:
-            self._take(name, x, chunk.query_rows)
-        return self.query_room(name, x.shape[-1], chunk)
-
-    def query_room(self, name: str, size: int, chunk: Chunk) -> Tensor:
-        """Scratch memory `[rows, group * size, C]` that `put_queries` and `add_queries` read."""
-        rows = self.scratch.take(name, (chunk.query_rows.numel(), size), self.dtype)
-        return rows.view(-1, chunk.count, self.queries, size)[chunk.row]
+        """`[rows, group * size, C]` of a batch row `[N, Hq, C]`, in the scratch memory of this name."""
+        return self._take(name, x, chunk.query_rows, chunk.count)
 
     def take_keys(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
-        """`[rows, halo + M, C]` of a batch row `[N + M, Hkv, C]` in the same way."""
-        if chunk.begins:
-            self._take(name, x, chunk.key_rows)
-        return self._columns(name, x, chunk)[:, chunk.stretch]
+        """`[rows, halo + M, C]` of a batch row `[N + M, Hkv, C]`."""
+        return self._take(name, x, chunk.key_rows, chunk.count)
 
-    def _columns(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
-        return self.scratch.take(name, (chunk.count, chunk.key_rows.numel() // chunk.count, x.shape[-1]), self.dtype)
-
-    def _take(self, name: str, x: Tensor, rows: Tensor) -> None:
-        shape = rows.numel(), x.shape[-1]
-        got = self.scratch.take(name, shape, x.dtype)
+    def _take(self, name: str, x: Tensor, rows: Tensor, count: int) -> Tensor:
+        got = self.scratch.take(name, (rows.numel(), x.shape[-1]), x.dtype)
         torch.index_select(x.reshape(-1, x.shape[-1]), 0, rows, out=got)
         if x.dtype != self.dtype:
-            self.scratch.take(name, shape, self.dtype).copy_(got)
+            got = self.scratch.take(name, got.shape, self.dtype).copy_(got)
+        return got.view(count, -1, x.shape[-1])
 
     def room(self, name: str, rows: int, size: int, chunk: Chunk) -> Tensor:
         """Scratch memory `[rows of the chunk, rows, size]`."""
         return self.scratch.take(name, (chunk.count, rows, size), self.dtype)
 
-    def put_queries(self, name: str, x: Tensor, chunk: Chunk) -> None:
-        """Write what `query_room` of this name holds to its places in a contiguous `[N, Hq, C]`.
+    def put_queries(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
+        """Write `[rows, group * size, C]` to their places in a contiguous `[N, Hq, C]`.
 
         The padding of a tile repeats a query, so it writes the same again.
         """
-        if chunk.ends:
-            rows = self.scratch.take(name, (chunk.query_rows.numel(), x.shape[-1]), self.dtype)
-            x.view(-1, x.shape[-1]).index_copy_(0, chunk.query_rows, rows.to(x.dtype))
+        x.view(-1, x.shape[-1]).index_copy_(0, chunk.query_rows, rows.view(-1, x.shape[-1]).to(x.dtype))
 
-    def add_queries(self, name: str, x: Tensor, chunk: Chunk) -> None:
-        """Add it; padding must hold zeros."""
-        if chunk.ends:
-            rows = self.scratch.take(name, (chunk.query_rows.numel(), x.shape[-1]), self.dtype)
-            x.view(-1, x.shape[-1]).index_add_(0, chunk.query_rows, rows)
+    def add_queries(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
+        """Add them; padding must hold zeros."""
+        x.view(-1, x.shape[-1]).index_add_(0, chunk.query_rows, rows.view(-1, x.shape[-1]))
 
-    def add_keys(self, name: str, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
-        """Add `[rows, halo + M, C]` to a contiguous `[N + M, Hkv, C]`; strips gather sums under this name first."""
-        if self.strips:
-            columns = self._columns(name, x, chunk)
-            if chunk.begins:
-                columns.zero_()
-            columns[:, chunk.stretch] += rows
-            rows = columns
-        if chunk.ends:
-            x.view(-1, x.shape[-1]).index_add_(0, chunk.key_rows, rows.view(-1, x.shape[-1]))
-
-    def key_tokens(self, chunk: Chunk) -> Tensor:
-        """Entries of a mask `[N + M]` that the tiles read, int64 `[tiles, halo + M]`."""
-        tokens = self.tiles.key_tokens(chunk.tiles).to(self.device)
-        total = math.prod(window.length for window in self.windows)
-        more = torch.arange(total, total + self.extra, device=self.device)
-        return torch.cat([tokens, more.expand(len(tokens), -1)], 1)
+    def add_keys(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
+        """Add `[rows, halo + M, C]` to a contiguous `[N + M, Hkv, C]`."""
+        x.view(-1, x.shape[-1]).index_add_(0, chunk.key_rows, rows.view(-1, x.shape[-1]))
 
     def clear_padding(self, x: Tensor, chunk: Chunk) -> Tensor:
         """`[rows, group * size, C]` with zeros in the padding of tiles, in place."""
@@ -222,8 +160,8 @@ class TiledGrid:
         shape = (chunk.count, self.queries, self.keys)
         hidden = torch.empty(shape, dtype=torch.bool, device=self.device)
         parts = self.parts(hidden, chunk)
-        for begin, end, kinds in chunk.runs:
-            parts[begin:end] = self.hidden(kinds)
+        for run, kinds in self.runs(chunk):
+            parts[run] = self.hidden(kinds)
         return hidden
 
     def mask_bias(self, kinds: tuple[int, ...]) -> Tensor | None:
@@ -258,40 +196,20 @@ def _ranges(length: int, step: int) -> list[slice]:
 
 
 def _chunks(
-    tiles: Tiling,
-    heads: int,
-    group: int,
-    extra: int,
-    device: torch.device,
-    heads_fit: int,
-    fit: int,
-    strips: bool,
+    tiles: Tiling, heads: int, group: int, extra: int, device: torch.device, heads_fit: int, fit: int
 ) -> Iterator[Chunk]:
     total = math.prod(axis.window.length for axis in tiles.axes)
     members = torch.arange(group, device=device)[:, None]
     more = torch.arange(total, total + extra, device=device)
-    # Tiles that differ along the first axis only are this far apart.
-    rows = tiles.axes[0].count if strips else 1
-    width = tiles.count // rows
-    for part, h in itertools.product(_ranges(width, max(fit // heads_fit, 1)), _ranges(heads, heads_fit)):
-        numbers = torch.arange(h.start, h.stop, device=device)[:, None]
-        key_tokens = (tiles.column_tokens if strips else tiles.key_tokens)(part).to(device)
+    for t in _ranges(tiles.count, max(fit // heads_fit, 1)):
+        query_tokens, key_tokens = tiles.query_tokens(t).to(device), tiles.key_tokens(t).to(device)
         if extra:
             key_tokens = torch.cat([key_tokens, more.expand(len(key_tokens), -1)], 1)
-        key_rows = (key_tokens[:, None] * heads + numbers).flatten()
-        parts = [slice(row * width + part.start, row * width + part.stop) for row in range(rows)]
-        query_tokens = torch.stack([tiles.query_tokens(t) for t in parts]).to(device)[:, :, None, None]
-        query_rows = (query_tokens * (heads * group) + (numbers[..., None] * group + members)).flatten()
-        for row, t in enumerate(parts):
-            stretch = tiles.stretch(t.start) if strips else slice(None)
-            runs = tuple(_runs(tiles, t))
-            yield Chunk(t, h, query_rows, key_rows, runs, row, stretch, row == 0, row == rows - 1)
-
-
-def _runs(tiles: Tiling, part: slice) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    for begin, end, kinds in tiles.runs:
-        if begin < part.stop and end > part.start:
-            yield max(begin, part.start) - part.start, min(end, part.stop) - part.start, kinds
+        for h in _ranges(heads, heads_fit):
+            numbers = torch.arange(h.start, h.stop, device=device)[:, None]
+            query_rows = query_tokens[:, None, None] * (heads * group) + (numbers[..., None] * group + members)
+            key_rows = key_tokens[:, None] * heads + numbers
+            yield Chunk(t, h, query_rows.flatten(), key_rows.flatten(), key_tokens)
 
 
 @lru_cache(16)

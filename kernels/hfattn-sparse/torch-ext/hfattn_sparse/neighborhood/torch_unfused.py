@@ -21,11 +21,11 @@ def scores(query: Tensor, key: Tensor, rpb: Tensor | None, *, windows: tuple[Win
     for b, chunk in itertools.product(range(len(query)), grid.chunks()):
         queries, keys = grid.take_queries("queries", query[b], chunk), grid.take_keys("keys", key[b], chunk)
         picked = grid.gather(torch.bmm(queries, keys.mT, out=grid.scores("scores", chunk)), chunk)
-        for begin, end, kinds in chunk.runs:
+        for run, kinds in grid.runs(chunk):
             if table is not None:
-                picked[begin:end] += table[chunk.heads][..., grid.slot_bias_places(kinds)]
-            picked[begin:end].masked_fill_(~grid.slot_table(kinds)[1], float("-inf"))
-        grid.put_queries("slots", out[b], chunk)
+                picked[run] += table[chunk.heads][..., grid.slot_bias_places(kinds)]
+            picked[run].masked_fill_(~grid.slot_table(kinds)[1], float("-inf"))
+        grid.put_queries(out[b], chunk, picked)
     return out.transpose(1, 2)
 
 
@@ -44,15 +44,14 @@ def scores_backward(
         dense = grid.scatter(upstream, chunk)
         hidden = grid.chunk_hidden(chunk) if careful else None
         size = query.shape[3]
-        mix(dense, keys, hidden, grid.query_room("dq", size, chunk))
-        grid.add_queries("dq", grads[0][b], chunk)
+        grid.add_queries(grads[0][b], chunk, mix(dense, keys, hidden, grid.room("dq", grid.queries, size, chunk)))
         grad_keys = mix_transposed(dense, queries, hidden, grid.room("dk", grid.keys, size, chunk))
-        grid.add_keys("of_keys", grads[1][b], chunk, grad_keys)
+        grid.add_keys(grads[1][b], chunk, grad_keys)
         if grad_table is None:
             continue
         parts = grid.parts(upstream, chunk)
-        for begin, end, kinds in chunk.runs:
-            per_slot = parts[begin:end].masked_fill(~grid.slot_table(kinds)[1], 0).sum(0).flatten(1)
+        for run, kinds in grid.runs(chunk):
+            per_slot = parts[run].masked_fill(~grid.slot_table(kinds)[1], 0).sum(0).flatten(1)
             grad_table[chunk.heads].index_add_(1, grid.slot_bias_places(kinds).flatten(), per_slot)
     grad_query, grad_key = (x.transpose(1, 2).to(query.dtype) for x in grads)
     return grad_query, grad_key, None if rpb is None else grad_table.view(rpb.shape).to(rpb.dtype)
@@ -67,9 +66,8 @@ def weighted_values(weights: Tensor, value: Tensor, *, windows: tuple[Window, ..
     for b, chunk in itertools.product(range(len(value)), grid.chunks()):
         dense = grid.scatter(grid.take_queries("weights", weights[b], chunk), chunk)
         hidden = grid.chunk_hidden(chunk) if careful else None
-        mixed = grid.query_room("mixed", value.shape[3], chunk)
-        mix(dense, grid.take_keys("values", value[b], chunk), hidden, mixed)
-        grid.put_queries("mixed", out[b], chunk)
+        mixed = grid.room("mixed", grid.queries, value.shape[3], chunk)
+        grid.put_queries(out[b], chunk, mix(dense, grid.take_keys("values", value[b], chunk), hidden, mixed))
     return out.transpose(1, 2)
 
 
@@ -86,14 +84,13 @@ def weighted_values_backward(
         upstream = grid.take_queries("upstream", grad[b], chunk)
         values = grid.take_keys("values", value[b], chunk)
         picked = grid.gather(torch.bmm(upstream, values.mT, out=grid.scores("scores", chunk)), chunk)
-        for begin, end, kinds in chunk.runs:
-            picked[begin:end].masked_fill_(~grid.slot_table(kinds)[1], 0)
-        grid.put_queries("slots", grad_weights[b], chunk)
+        for run, kinds in grid.runs(chunk):
+            picked[run].masked_fill_(~grid.slot_table(kinds)[1], 0)
+        grid.put_queries(grad_weights[b], chunk, picked)
         dense = grid.scatter(grid.take_queries("weights", weights[b], chunk), chunk)
         hidden = grid.chunk_hidden(chunk) if careful else None
         room = grid.room("grad_values", grid.keys, value.shape[3], chunk)
-        grad_rows = mix_transposed(dense, grid.clear_padding(upstream, chunk), hidden, room)
-        grid.add_keys("of_values", grad_value[b], chunk, grad_rows)
+        grid.add_keys(grad_value[b], chunk, mix_transposed(dense, grid.clear_padding(upstream, chunk), hidden, room))
     return grad_weights.transpose(1, 2), grad_value.transpose(1, 2).to(value.dtype)
 
 
@@ -102,7 +99,7 @@ class _Slots(TiledGrid):
 
     def __init__(self, tensor: Tensor, windows: tuple[Window, ...]) -> None:
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        super().__init__(windows, tensor.shape[1], 1, 0, tensor.device, dtype, False)
+        super().__init__(windows, tensor.shape[1], 1, 0, tensor.device, dtype)
         self.slots = math.prod(window.kernel for window in windows)
         self._tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
@@ -119,17 +116,17 @@ class _Slots(TiledGrid):
     def gather(self, dense: Tensor, chunk: Chunk) -> Tensor:
         """`[rows, size, halo]` -> `[tiles, heads, 1, size, slots]`."""
         parts = self.parts(dense, chunk)
-        out = self.parts(self.query_room("slots", self.slots, chunk), chunk)
-        for begin, end, kinds in chunk.runs:
-            torch.gather(parts[begin:end], -1, self.slot_table(kinds)[0].expand_as(out[begin:end]), out=out[begin:end])
+        out = self.parts(self.room("slots", self.queries, self.slots, chunk), chunk)
+        for run, kinds in self.runs(chunk):
+            torch.gather(parts[run], -1, self.slot_table(kinds)[0].expand_as(out[run]), out=out[run])
         return out
 
     def scatter(self, slots: Tensor, chunk: Chunk) -> Tensor:
         """The adjoint of `gather`; slots without a key are dropped."""
         dense = self.scores("dense", chunk).zero_()
         parts, given = self.parts(dense, chunk), self.parts(slots, chunk)
-        for begin, end, kinds in chunk.runs:
+        for run, kinds in self.runs(chunk):
             places, real = self.slot_table(kinds)
-            part = given[begin:end].masked_fill(~real, 0)
-            parts[begin:end].scatter_add_(-1, places.expand_as(part), part)
+            part = given[run].masked_fill(~real, 0)
+            parts[run].scatter_add_(-1, places.expand_as(part), part)
         return dense
