@@ -32,6 +32,7 @@ with torch.no_grad():
     difference = (model(ids).logits - dense(ids).logits).abs().max()
 print(f"largest change of a logit by the new weights: {difference:.1e}")
 
+torch.manual_seed(0)  # adapters begin at random
 lora = peft.LoraConfig(target_modules=["q_proj", "k_proj"], modules_to_save=["k_conv1d"])
 adapted = peft.get_peft_model(model, lora)
 optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=5e-3)
