@@ -217,7 +217,8 @@ def tune(
     for task in tasks:
         start = dict(launch.find_row(task.kernel, device.target, task.dtype, task.head_dim)["config"])
         searches.append(Search(task, start))
-        if task.key in known:
+        # What failed is tried again: another version or device state may do.
+        if task.key in known and not known[task.key]["end"].startswith("failed"):
             searches[-1].restore(known[task.key])
     yield from (search for search in searches if search.end)
     while active := [search for search in searches if not search.end]:

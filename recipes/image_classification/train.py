@@ -168,6 +168,8 @@ def main() -> None:
     unknown = set(arguments.backbones or ()) - set(options["backbones"])
     if unknown:
         parser.error(f"unknown backbones {sorted(unknown)}; the config has {', '.join(options['backbones'])}")
+    if options["data"] not in SETS and not (Path(options["data"]) / "train").is_dir():
+        parser.error(f"data must be {', '.join(SETS)} or a folder with train/ and validation/, got {options['data']!r}")
     output = arguments.output or Path(options["output_dir"] + ("-smoke" if arguments.smoke else ""))
     torch.set_num_threads(options["threads"] or torch.get_num_threads())
     results: dict[str, dict[str, list[dict[str, float]]]] = {}

@@ -142,6 +142,9 @@ def test_a_failing_task_does_not_end_the_others(tmp_path):
     assert found[0].end.startswith("failed: block_means bfloat16 64 computes wrongly") and found[1].end == "settled"
     assert [row["head_dim"] for row in launch.read_table(output)["block_means"]] == [128]
     assert list(tuning.tune(tasks(1), Pretended({}), tmp_path / "none.json", seconds=-1)) == []
+    again = Pretended({"CHUNK": 64, "num_warps": 8})
+    assert [search.end for search in tuning.tune(tasks(2), again, output)] == ["settled"] * 2
+    assert again.timed == ["block_means bfloat16 64"], "what failed runs again, what was done does not"
 
 
 def test_own_table_comes_before_the_committed_one(tmp_path, monkeypatch):
