@@ -55,6 +55,17 @@ def test_every_mechanism_is_in_the_table_and_has_a_page():
         assert (ROOT / "docs" / f"{row['name']}.md").is_file()
 
 
+def test_the_table_says_what_the_mechanisms_say():
+    columns = ("train", "decode", "padding", "packing", "cpu", "triton", "diffusers")
+    for row in hf_attn.list_mechanisms():
+        line = next(line for line in README.splitlines() if line.startswith(f"| [`hf_attn_{row['name']}`]"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")][2:9]
+        for column, cell in zip(columns, cells, strict=True):
+            # MoH is not a mechanism for diffusers: its DiT is a model of its own.
+            if (row["name"], column) != ("moh", "diffusers"):
+                assert (cell != "-") == row["capabilities"][column], (row["name"], column, cell)
+
+
 def test_every_public_name_is_documented():
     pages = README + "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     for name in hf_attn.__all__:

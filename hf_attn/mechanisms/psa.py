@@ -329,7 +329,7 @@ MECHANISM = Mechanism(
     summary="key blocks in full, pooled by 2, 4, 8, or skipped; training-free for video models and long prompts",
     source="PSA, arXiv 2512.04025",
     config=PSAConfig,
-    capabilities=Capabilities(diffusers=True),
+    capabilities=Capabilities(triton=True, diffusers=True),
     attend=attend,
     select=select,
     attended=attended,

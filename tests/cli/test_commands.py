@@ -38,8 +38,11 @@ def test_version_and_no_arguments():
 
 
 def test_list():
-    output = run(app, ["list"], env={"COLUMNS": "200"}).output
-    assert "hf_attn_moba" in output and "hf_attn_streaming" in output
+    for columns in ("200", "80", "40"):
+        output = " ".join(run(app, ["list"], env={"COLUMNS": columns}).output.split())
+        for row in hf_attn.list_mechanisms():
+            assert f"hf_attn_{row['name']} {row['summary']}" in output, columns
+        assert "no diffusers" not in output and "neighborhood (dinat, nat, oneformer)" in output
     rows = json.loads(run(app, ["list", "--json"]).output)
     names = [row["name"] for row in rows]
     assert names == [row["name"] for row in hf_attn.list_mechanisms()] and "streaming" in names
