@@ -85,7 +85,7 @@ def test_misuse_is_named():
         hf_attn.convert(host("llama"), "titans", num_heads=5)
     cache = DynamicCache()
     host("llama")(tokens, past_key_values=cache)
-    with pytest.raises(ValueError, match="no memory has read"):
+    with pytest.raises(ValueError, match="not what memories read"):
         model(tokens, past_key_values=cache)
     cache = DynamicCache()
     model(tokens, past_key_values=cache)

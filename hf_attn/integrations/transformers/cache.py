@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 
 from hf_attn.caches.store import LayerStore
 from hf_attn.integrations.transformers.config import mechanism_of, mechanism_options
 from hf_attn.integrations.transformers.handle import attach
 from hf_attn.integrations.transformers.masks import COMPACT_OK
+from hf_attn.integrations.transformers.own_layer import OwnLayer
 from hf_attn.mechanism import MechanismConfig, get_mechanism, parse_config
 
 _MARK = "_hf_attn_wrapped"
@@ -24,7 +25,7 @@ _MARK = "_hf_attn_wrapped"
 _FORMAT = ("kv_quant", "zero_dtype", "stats_dtype", "kv_scales")
 
 
-class StoreLayer(CacheLayerMixin):
+class StoreLayer(OwnLayer):
     """One layer of a cache, kept by a `LayerStore`.
 
     `update` returns the new keys with this layer attached when our attention function will read it in the same call,
@@ -35,21 +36,14 @@ class StoreLayer(CacheLayerMixin):
         reads: whether our attention function runs this layer now.
     """
 
-    is_compileable = False
     is_croppable = True
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(self, store: LayerStore, reads: Callable[[], bool]) -> None:
-        super().__init__()
+        super().__init__(store)
         self.store, self.reads = store, reads
-        self.is_initialized = True
         self.waiting = False
         self.offloaded = False
         self._checked: MechanismConfig | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the store allocates when it is written."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Check new tokens and hand them on; they are stored by whoever reads the handle."""
@@ -98,58 +92,20 @@ class StoreLayer(CacheLayerMixin):
         if self.offloaded:
             self.store.to("cpu")
 
-    def get_seq_length(self) -> int:
-        """As the host's."""
-        return self.store.slots
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As the host's."""
-        return self.store.slots + int(query_length), 0
-
-    def get_max_length(self) -> int:
-        """As the host's."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """The older name of `get_max_length`."""
-        return -1
-
-    @property
-    def batch_size(self) -> int:
-        """Rows held, -1 while empty."""
-        return -1 if self.store.batch is None else self.store.batch
-
     def reset(self) -> None:
         """As the host's."""
         self.waiting = False
-        self.store.reset()
+        super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens (a negative number), or, as older versions ask, all beyond a positive number."""
+        """See `OwnLayer.crop`."""
         self.waiting = False
-        tokens_to_remove = int(tokens_to_remove)  # 5.17 passes a tensor, which would become the count of slots
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self.store.slots - tokens_to_remove, 0)
-        self.store.crop(remove)
+        super().crop(tokens_to_remove)
 
     def take_back(self, count: int) -> None:
         """Undo the newest step, which brought `count` tokens."""
         self.waiting = False
         self.store.take_back(count)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """As the host's."""
-        self.store.select_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """As the host's."""
-        if self.store.batch is not None:
-            self.store.select_rows(torch.arange(self.store.batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """As the host's."""
-        if self.store.batch is not None:
-            rows = torch.arange(self.store.batch)[indices.cpu()]
-            self.store.select_rows(rows)
 
     def offload(self) -> None:
         """As the host's."""

@@ -1,8 +1,6 @@
 """The last raw keys of every layer, kept inside a model's own cache: what a key convolution needs to go on decoding.
 
-A cache of transformers is a list of layers, and whatever happens to it (beams, crops, resets) happens to each of them.
-So the history is one more entry behind the model's layers, and works in every kind of cache: dynamic, static, sliding,
-quantized, given by the user or made by `generate`.
+It works in every kind of cache: dynamic, static, sliding, quantized, given by the user or made by `generate`.
 """
 
 from __future__ import annotations
@@ -13,30 +11,28 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hf_attn.integrations.transformers.extra_entry import ExtraEntry, extra_entry
+
 # Rows kept beyond the W - 1 that the next token needs, so that a cache can be cropped by as many tokens.
 SPARE_ROWS = 32
 
 
-class KeyHistory:
+class KeyHistory(ExtraEntry):
     """Raw keys of the latest tokens, `[B, Hkv, S, D]` a layer, S = width - 1 + SPARE_ROWS, the latest last.
 
     Args:
         width: taps of the convolution.
         static: write in place, into tensors that keep their address (compiled decoding behind a static cache).
-        host: a layer of the model in the same cache; answers for sizes, of which this entry has none.
+        host: see `ExtraEntry`.
     """
 
-    is_sliding = False
     is_croppable = True
-    is_initialized = True
-    supports_early_init = False
-    keys = values = None
 
     def __init__(self, width: int, static: bool, host: Any) -> None:
+        super().__init__(host)
         self.needed = width - 1
         self.is_compileable = static
         self.record_past = False
-        self._host = host
         self._lost = False
         self._rows: dict[int, Tensor] = {}
         # Tokens seen, and how many of the kept rows are theirs; tensors when static, as a compiled step moves them on.
@@ -142,51 +138,18 @@ class KeyHistory:
             else:
                 self._rows[layer] = chosen
 
-    def offload(self) -> None:
-        """Stays where it is: it is small and needed at every step."""
-
-    prefetch = offload
-
-    def get_seq_length(self) -> Any:
-        """As the host's."""
-        return self._host.get_seq_length()
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[Any, Any]:
-        """As the host's."""
-        return self._host.get_mask_sizes(query_length)
-
-    def get_max_length(self) -> int:
-        """As the host's."""
-        return self._host.get_max_length()
-
 
 def key_history(cache: Cache, layers: int, width: int, layer: int) -> KeyHistory:
     """The history inside a cache of a model with that many layers, for use by one of them; it is added when missing.
 
-    Raises ValueError for objects that are no list of layers (continuous batching's paged cache, for one), and for a
-    cache that holds tokens from before it had a history.
+    Raises ValueError as `extra_entry`.
     """
-    entries = getattr(cache, "layers", None)
-    if not isinstance(entries, list):
-        raise ValueError(
-            f"a key convolution keeps its state in a transformers Cache, got {type(cache).__name__}; continuous "
-            "batching (generate_batch) is not supported, use generate"
-        )
-    while len(entries) < layers:
-        # A DynamicCache without a config grows with the layers that call it; the history has to come after them.
-        entries.append(cache.layer_class_to_replicate())
-    if len(entries) == layers:
-        held = 0 if torch.compiler.is_compiling() else int(entries[layer].get_seq_length())
-        if held > 0:
-            raise ValueError(
-                f"the cache holds {held} tokens, but not the keys a convolution needs to go on: another model filled "
-                "it, or it was copied without its last entry; start a new cache"
-            )
-        entries.append(KeyHistory(width, bool(entries[0].is_compileable), entries[0]))
-    found = entries[layers]
-    if not isinstance(found, KeyHistory) or found.needed != width - 1:
-        raise ValueError(
-            f"the cache belongs to another model: it has {len(entries)} layers, this one {layers} with kconv_width "
-            f"{width}; start a new cache"
-        )
-    return found
+    return extra_entry(
+        cache,
+        layers,
+        lambda entries: 0 if torch.compiler.is_compiling() else int(entries[layer].get_seq_length()),
+        lambda host: KeyHistory(width, bool(host.is_compileable), host),
+        lambda found: isinstance(found, KeyHistory) and found.needed == width - 1,
+        state="the keys a convolution needs to go on",
+        model=f"a key convolution of kconv_width {width}",
+    )

@@ -1,8 +1,4 @@
-"""Memories beside the keys and values of a pretrained model: one more entry behind the layers of its own cache.
-
-Whatever happens to a cache (beams, repeats, resets) happens to each entry, so the memories follow in every kind
-of cache that is a list of layers, given by the user or made by `generate`.
-"""
+"""Memories beside the keys and values of a pretrained model, inside its own cache of whatever kind."""
 
 from __future__ import annotations
 
@@ -13,20 +9,17 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hf_attn.caches.memory import MemoryState
+from hf_attn.integrations.transformers.extra_entry import ExtraEntry, extra_entry
 
 
-class MemoryEntry:
+class MemoryEntry(ExtraEntry):
     """The memories of all layers of one cache; `host` is a layer of the model in it and answers for sizes."""
 
-    is_sliding = False
     is_croppable = False
     is_compileable = False
-    is_initialized = True
-    supports_early_init = False
-    keys = values = None
 
     def __init__(self, host: Any) -> None:
-        self._host = host
+        super().__init__(host)
         self._states: dict[int, MemoryState] = {}
 
     def state(self, layer: int) -> MemoryState:
@@ -58,49 +51,18 @@ class MemoryEntry:
         for state in self._states.values():
             state.select_rows(indices)
 
-    def offload(self) -> None:
-        """Stays where it is: every step needs it."""
-
-    prefetch = offload
-
-    def get_seq_length(self) -> Any:
-        """As the host's."""
-        return self._host.get_seq_length()
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[Any, Any]:
-        """As the host's."""
-        return self._host.get_mask_sizes(query_length)
-
-    def get_max_length(self) -> int:
-        """As the host's."""
-        return self._host.get_max_length()
-
 
 def memory_entry(cache: Cache, layers: int) -> MemoryEntry:
     """The memories inside a cache of a model with that many layers; they are added when missing.
 
-    To be called before a step. Raises ValueError for objects that are no list of layers, and for a cache that holds
-    tokens from before it had memories.
+    To be called before a step. Raises ValueError as `extra_entry`.
     """
-    entries = getattr(cache, "layers", None)
-    if not isinstance(entries, list):
-        raise ValueError(
-            f"memories are kept in a transformers Cache, got {type(cache).__name__}; continuous batching "
-            "(generate_batch) is not supported, use generate"
-        )
-    while len(entries) < layers:
-        # A DynamicCache without a config grows with the layers that call it; the memories have to come after them.
-        entries.append(cache.layer_class_to_replicate())
-    if len(entries) == layers:
-        held = int(entries[0].get_seq_length())
-        if held > 0:
-            raise ValueError(
-                f"the cache holds {held} tokens that no memory has read: another model filled it, or it was copied "
-                "without its last entry; start a new cache"
-            )
-        entries.append(MemoryEntry(entries[0]))
-    if not isinstance(entries[layers], MemoryEntry):
-        raise ValueError(
-            f"the cache belongs to another model: its entry {layers} is a {type(entries[layers]).__name__}"
-        )
-    return entries[layers]
+    return extra_entry(
+        cache,
+        layers,
+        lambda entries: int(entries[0].get_seq_length()),
+        MemoryEntry,
+        lambda found: isinstance(found, MemoryEntry),
+        state="what memories read",
+        model="a model with memories",
+    )

@@ -71,8 +71,9 @@ class OwnLayer(CacheLayerMixin):
             self.kept.select_rows(torch.arange(self.kept.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """As the host's."""
-        self.kept.select_rows(indices)
+        """As the host's: row numbers, or a bool for each row."""
+        if self.kept.batch is not None:
+            self.kept.select_rows(torch.arange(self.kept.batch)[indices.cpu()])
 
     def offload(self) -> None:
         """What is kept stays where it is."""
