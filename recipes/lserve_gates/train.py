@@ -1,7 +1,7 @@
 """Train one gate a KV head by distillation, to tell retrieval heads from streaming heads (DuoAttention's recipe).
 
     accelerate launch recipes/lserve_gates/train.py --output gates            # one or several processes
-    python recipes/lserve_gates/train.py --output gates --smoke               # seconds, on a CPU
+    python recipes/lserve_gates/train.py --output gates --smoke               # seconds, a tiny random model
     python recipes/lserve_gates/train.py --output gates steps=2000 dtype=bfloat16
 
 Killed runs go on from their last checkpoint when the same command is given again. All options: config.yaml.
@@ -26,14 +26,19 @@ import hf_attn
 from hf_attn.analysis.head_classes import HeadCalibration
 from hf_attn.analysis.head_files import load_heads, save_head_folder
 from hf_attn.analysis.texts import read_texts
-from hf_attn.bench.models import SMOLLM2, load_language_model
+from hf_attn.bench.models import SMOLLM2
+from hf_attn.bench.recipe_models import RANDOM, base_with_tokenizer
 from hf_attn.training.head_gates import GateTrainer, TwoWayAttention
 from hf_attn.training.passkeys import PasskeyText
 
 HERE = Path(__file__).parent
 SMOKE = {
-    "context_min": 320, "context_max": 384, "context_steps": 3, "keys": 1, "words": 2, "sink": 8, "local": 32,
+    "model": RANDOM, "context_min": 320, "context_max": 384, "context_steps": 3, "keys": 1, "words": 2, "sink": 8, "local": 32,
     "steps": 6, "save_every": 1, "log_every": 1, "eval_rows": 2, "eval_calibration_tokens": 320,
+}  # fmt: skip
+SMOKE_SIZES = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
 }  # fmt: skip
 # May change between a checkpoint and the run that goes on from it.
 FREE = ("save_every", "log_every", "eval_rows", "eval_draws", "eval_calibration_tokens", "static_sparsity")
@@ -74,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train gates of retrieval and streaming heads.")
     parser.add_argument("--config", type=Path, default=HERE / "config.yaml", help="YAML file with every option")
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and the result")
-    parser.add_argument("--smoke", action="store_true", help="a run of seconds that shows all of it works")
+    parser.add_argument("--smoke", action="store_true", help="seconds, a tiny random model unless one is named")
     parser.add_argument("options", nargs="*", metavar="NAME=VALUE", help="options that win over the file")
     arguments = parser.parse_args()
     settings = read_settings(arguments.config, SMOKE if arguments.smoke else {}, arguments.options)
@@ -83,7 +88,9 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     accelerator = Accelerator()
-    model, tokenizer = load_language_model(settings.model, getattr(torch, settings.dtype))
+    torch.manual_seed(settings.seed)
+    model, tokenizer = base_with_tokenizer(settings.model, SMOKE_SIZES, dtype=settings.dtype)
+    model.eval()
     data = passkeys(settings, tokenizer)
     trainer = prepare(settings, model, accelerator)
     checkpoint = arguments.output / "checkpoint.safetensors"
@@ -228,7 +235,8 @@ def finish(trainer, model, tokenizer, data, settings: Settings, output: Path, ac
     hf_attn.remove(model)
     hf_attn.unregister_mechanism("gate_training")
     if accelerator.is_main_process:
-        about = {"base_model": settings.model or SMOLLM2, "license": "other" if settings.model else "apache-2.0"}
+        base = SMOLLM2 if settings.model is None else settings.model
+        about = {"base_model": base, "license": "other" if settings.model else "apache-2.0"}
         share = settings.static_sparsity
         save_head_folder(output / "heads", found, model.config, static_sparsity=share, **about)
         print(f"wrote {output / 'heads'}")

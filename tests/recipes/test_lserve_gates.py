@@ -224,6 +224,13 @@ def test_smoke_and_resume_after_kill(tiny_model, tmp_path, train, capsys):
     assert torch.equal(hf_attn.load_duo_heads(tmp_path / "duo").alpha, got.gates)
 
 
+def test_smoke_needs_no_download(tmp_path, train, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("hf_attn.bench.models.bundled_smollm2", lambda: None)
+    train("--smoke", "--output", str(tmp_path), "steps=2")
+    assert load_heads(tmp_path / "heads").gates.shape == (2, 2)
+
+
 def test_wrong_options_end_in_one_line(tiny_model, tmp_path, train):
     with pytest.raises(SystemExit, match="unknown or missing options: stepz"):
         train(*arguments(tiny_model, tmp_path, "stepz=3"))
