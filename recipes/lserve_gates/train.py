@@ -33,12 +33,12 @@ from hf_attn.training.passkeys import PasskeyText
 
 HERE = Path(__file__).parent
 SMOKE = {
-    "model": RANDOM, "context_min": 320, "context_max": 384, "context_steps": 3, "keys": 1, "words": 2, "sink": 8, "local": 32,
-    "steps": 6, "save_every": 1, "log_every": 1, "eval_rows": 2, "eval_calibration_tokens": 320,
+    "model": RANDOM, "context_min": 320, "context_max": 384, "context_steps": 3, "keys": 1, "words": 2, "sink": 8,
+    "local": 32, "steps": 6, "save_every": 1, "log_every": 1, "eval_rows": 2, "eval_calibration_tokens": 320,
 }  # fmt: skip
 SMOKE_SIZES = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip
 # May change between a checkpoint and the run that goes on from it.
 FREE = ("save_every", "log_every", "eval_rows", "eval_draws", "eval_calibration_tokens", "static_sparsity")
