@@ -55,6 +55,12 @@ class TokenLayout:
             raise ValueError("this mechanism needs the latent grid of the tokens, which this call does not have")
         return self.grid
 
+    def known_documents(self) -> tuple[Tensor, Tensor]:
+        """`index` and `roles` of a layout made by `documents`; ValueError for another one."""
+        if self.index is None or self.roles is None:
+            raise ValueError("this needs a layout of TokenLayout.documents, got one without segments and roles")
+        return self.index, self.roles
+
     def real_keys(self) -> Tensor | None:
         """Which key slots are real, bool `[batch, k_len]`; `None` when all are."""
         return None if self.index is None else self.index[:, 0, self.q_len :] >= 0
@@ -246,6 +252,12 @@ class LayerContext:
     training: bool = False
     number: int | None = None
     record: Callable[..., None] = field(default=_drop)
+
+    def known_index(self) -> int:
+        """The number of the attention layer; ValueError where the host told none."""
+        if self.index is None:
+            raise ValueError("layers are told apart by their numbers here, but this attention module has no layer_idx")
+        return self.index
 
     @property
     def recording(self) -> bool:

@@ -26,8 +26,8 @@ def require_int(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
 
 
-def require_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of the allowed strings."""
+def require_one_of(name: str, value: Any, allowed: tuple[str | bool | None, ...]) -> None:
+    """Raise ValueError unless `value` is one of the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 

@@ -85,6 +85,17 @@ def test_kinds_of_a_config():
         LServeConfig(gates=[[0.1, 0.9], [0.2, 0.8]]).retrieval(2)
 
 
+def test_scales_of_a_layer():
+    """One row a layer, or one for all; a layer without a number cannot have its own."""
+    scales = [[0.5, 1.0], [0.25, 2.0]]
+    config = LServeConfig(kv_quant="int8-per-tensor", kv_scales=scales)
+    assert [config.store_options(layer).kv_scales for layer in range(2)] == [(0.5, 1.0), (0.25, 2.0)]
+    for layer in (None, 2):
+        with pytest.raises(ValueError, match=f"kv_scales names 2 layers, .* has the number {layer}"):
+            config.store_options(layer)
+    assert LServeConfig(kv_quant="int8-per-tensor", kv_scales=scales[:1]).store_options(None).kv_scales == (0.5, 1.0)
+
+
 def test_example(tiny_model, tmp_path):
     write_duo(tmp_path / "gates", [[0.9, 0.1], [0.2, 0.8]])
     command = [sys.executable, "examples/lserve_decode.py", "--model", tiny_model, "--tokens", "1200"]

@@ -46,7 +46,7 @@ class OutsideMass:
     def __call__(self, mechanism: Mechanism, call: AttentionCall, config: MechanismConfig) -> None:
         if not call.tokens.is_plain or not call.causal:
             raise ValueError("attention mass outside the window is measured on causal rows without padding or packing")
-        layer, (batch, heads) = call.layer.index, call.query.shape[:2]
+        layer, (batch, heads) = call.layer.known_index(), call.query.shape[:2]
         kv_heads, first = call.key.shape[1], self.sink + self.local
         step = max(MAX_WEIGHTS // (batch * heads * call.k_len), 1)
         total = torch.zeros(kv_heads, dtype=torch.float64)

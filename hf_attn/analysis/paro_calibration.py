@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_attn.call import AttentionCall
 from hf_attn.checks import require_int, require_one_of, require_share
 from hf_attn.grid import AXIS_ORDERS
-from hf_attn.integrations.diffusers.geometry import row_of, site_modules
+from hf_attn.integrations.diffusers.geometry import site_modules
 from hf_attn.integrations.diffusers.model import install, remove, supported_models
 from hf_attn.integrations.diffusers.plan import ParoPlan, classes_of, package_version
 from hf_attn.mechanism import Mechanism
@@ -130,7 +130,7 @@ def calibrate_paro(
     options = Settings(**settings)
     models = supported_models(target)
     runs = _runs(target, calls, prompts, call or {})
-    layers = sum(len(site_modules(model, row_of(model))) for model in models.values())
+    layers = sum(len(site_modules(model)) for model in models.values())
     maps = _Maps(options, classes_of(models), layers, runs, checkpoint, checkpoint_seconds, progress)
     mechanism = Mechanism(
         name=MECHANISM.name, summary="", source="", config=ParoAttentionConfig, attend=maps.attend,
@@ -200,7 +200,7 @@ class _Maps:
         if self.now is not None and self.now > self.done:
             self.done = self.now
             if self.folder is not None and time.monotonic() - self.written >= self.seconds:
-                self._save()
+                self._save(self.folder)
         self.sample = 0
 
     def attend(self, call: AttentionCall, config: ParoAttentionConfig) -> Tensor:
@@ -223,6 +223,7 @@ class _Maps:
 
     def _measure(self, call: AttentionCall, step: int) -> None:
         layer, grid, options = call.layer.number, call.tokens.known_grid(), self.options
+        assert layer is not None  # sites of diffusion models are numbered
         self._note_shape(layer, call)
         group = (options.groups(self.steps) if self.steps else _ONE_STEP)[step if self.steps else 0]
         orders = distinct_orders(grid)
@@ -252,7 +253,7 @@ class _Maps:
 
     def _note_shape(self, layer: int, call: AttentionCall) -> None:
         """Every call of a layer must have the same lattice; only the text behind it may vary."""
-        grid, heads = call.tokens.grid, call.query.shape[1]
+        grid, heads = call.tokens.known_grid(), call.query.shape[1]
         shape = LayerShape(*grid.shape, grid.text_before, grid.text_after, heads)
         known = self.shapes.setdefault(layer, shape)
         if known == shape or known == shape._replace(after=-1):
@@ -348,8 +349,8 @@ class _Maps:
 
     # -- the checkpoint ----------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"mass.{layer}.{group}": mass.contiguous() for (layer, group), mass in self.mass.items()}
         tensors |= {f"scores.{layer}": scores for layer, scores in self.scores.items()}
         facts = {
@@ -357,9 +358,9 @@ class _Maps:
             "counts": [[*key, count] for key, count in self.counts.items()],
             "timesteps": sorted(self.timesteps.items()), "fingerprint": self.fingerprint,
         }  # fmt: skip
-        part = self.folder / f"{_FILE}.part"
+        part = folder / f"{_FILE}.part"
         save_file(tensors, part, metadata={"facts": json.dumps(facts)})
-        os.replace(part, self.folder / _FILE)
+        os.replace(part, folder / _FILE)
         self.written = time.monotonic()
 
     def _load(self) -> None:

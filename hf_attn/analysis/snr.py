@@ -94,12 +94,12 @@ def recommend(
     """
     require_int("seq_len", seq_len, 1)
     require_int("head_dim", head_dim, 1)
-    if (token_budget is None) == (sparsity is None):
-        raise ValueError("give token_budget or sparsity, exactly one of them")
-    if sparsity is not None:
+    if token_budget is None and sparsity is not None:
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
         token_budget = max(round(seq_len * (1 - sparsity)), 1)
+    elif token_budget is None or sparsity is not None:
+        raise ValueError("give token_budget or sparsity, exactly one of them")
     require_int("token_budget", token_budget, 1)
     for size in block_sizes:
         require_int("block_sizes", size, 1)

@@ -49,7 +49,7 @@ def vmoba_flops(
     projections = 8 * tokens * hidden**2
     cross = 4 * tokens * hidden**2 + 4 * width.text * hidden**2 + 4 * tokens * width.text * hidden
     feed_forward = 4 * tokens * hidden * width.feed_forward
-    if density is None:
+    if density is None or blocks is None:
         attention = 4.0 * tokens**2 * hidden
     else:
         require_share("density", density)

@@ -60,7 +60,9 @@ class HeadPlan:
     def joined(self, retrieving: Tensor | None, windowed: Tensor | None) -> Tensor:
         """The query heads `[B, Hq, ...]` of both kinds in their order; None where there are none of a kind."""
         if retrieving is None or windowed is None:
-            return windowed if retrieving is None else retrieving
+            part = windowed if retrieving is None else retrieving
+            assert part is not None  # every layer has heads
+            return part
         if self._order is not None:
             return torch.cat([retrieving, windowed], 1).index_select(1, self._order)
         return torch.cat([windowed, retrieving] if self._first else [retrieving, windowed], 1)

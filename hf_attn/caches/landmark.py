@@ -50,13 +50,25 @@ class LandmarkStore(LayerStore):
         return [(blocks + dropped) * self.block_size + tokens for blocks, dropped, tokens in rows]
 
     @property
+    def _opened(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the open block, which is there from the first step on."""
+        assert self._open_key is not None and self._open_value is not None
+        return self._open_key, self._open_value
+
+    @property
+    def _complete(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and landmark keys, once a block is complete."""
+        assert self._keys is not None and self._values is not None and self._landmarks is not None
+        return self._keys, self._values, self._landmarks
+
+    @property
     def heads(self) -> int:
         """KV heads."""
-        return self._open_key.shape[1]
+        return self._opened[0].shape[1]
 
     def check(self, key: Tensor, value: Tensor) -> None:
         """Raise ValueError when `[B, H, n, D]` and `[B, H, n, Dv]` do not continue what is stored."""
-        if self._open_key is None:
+        if self._open_key is None or self._open_value is None:
             return
         for name, new, old in (("key", key, self._open_key), ("value", value, self._open_value)):
             if (new.shape[:2], new.shape[3]) != (old.shape[:2], old.shape[3]):
@@ -90,12 +102,13 @@ class LandmarkStore(LayerStore):
         if chunk.even and len(set(opened)) == 1:
             before = opened[0]
             if before:
-                key = torch.cat([self._open_key[:, :, :before], key], 2)
-                value = torch.cat([self._open_value[:, :, :before], value], 2)
+                open_key, open_value = self._opened
+                key = torch.cat([open_key[:, :, :before], key], 2)
+                value = torch.cat([open_value[:, :, :before], value], 2)
             return key, value, lengths
         width = max(lengths)
         parts = []
-        for old, new in ((self._open_key, key), (self._open_value, value)):
+        for old, new in zip(self._opened, (key, value), strict=True):
             part = new.new_zeros(*new.shape[:2], width, new.shape[3])
             for row, (before, count) in enumerate(zip(opened, chunk.counts, strict=True)):
                 part[row, :, :before] = old[row, :, :before]
@@ -117,19 +130,20 @@ class LandmarkStore(LayerStore):
             self._append(keys, values, complete, rotary)
         for row, (length, count) in enumerate(zip(lengths, complete, strict=True)):
             rest = length - count * size
-            for into, tokens in ((self._open_key, keys), (self._open_value, values)):
+            for into, tokens in zip(self._opened, (keys, values), strict=True):
                 into[row, :, :rest] = tokens[row, :, count * size : length]
             self.open_lengths[row] = rest
 
     def landmark_keys(self, count: int) -> Tensor:
         """`[B, H, count, D]`, turned by their place in the block; rows with fewer blocks hold anything finite."""
-        return self._landmarks[:, :, :count]
+        return self._complete[2][:, :, :count]
 
     def fetch(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks `[B, Hq, R, k, b, D]`, on the device, for ids int64 `[B, Hq, R, k]`; zeros where not valid."""
         device = ids.device
         group = ids.shape[1] // self.heads
-        place, room = self._keys.device, self._keys.shape[2]
+        held_keys, held_values, _ = self._complete
+        place, room = held_keys.device, held_keys.shape[2]
         rows = torch.arange(ids.shape[0], device=place)[:, None, None, None]
         heads = torch.arange(ids.shape[1], device=place)[:, None, None] // group
         # Whole blocks by one number each, as rows of a matrix: several times faster than by row, head and block.
@@ -140,7 +154,7 @@ class LandmarkStore(LayerStore):
             .index_select(0, flat)
             .view(*ids.shape, *tensor.shape[3:])
             .to(device, non_blocking=True)
-            for tensor in (self._keys, self._values)
+            for tensor in (held_keys, held_values)
         )
         self.fetched_bytes = max(self.fetched_bytes, sum(x.numel() * x.element_size() for x in (keys, values)))
         if not bool(valid.all()):
@@ -184,7 +198,7 @@ class LandmarkStore(LayerStore):
 
     def bytes(self) -> dict[str, int]:
         """Bytes in use: landmarks, open, blocks; the largest fetch so far; and what is allocated."""
-        if self._open_key is None:
+        if self._open_key is None or self._open_value is None:
             return {"landmarks": 0, "open": 0, "blocks": 0, "fetched": 0, "allocated": 0}
         rows, heads, size, dim = self._open_key.shape
         wide, width = dim + self._open_value.shape[3], self._open_key.element_size()
@@ -211,11 +225,12 @@ class LandmarkStore(LayerStore):
         self._grow(max(old + new for old, new in zip(self.blocks, complete, strict=True)), keys, values)
         keys, values = (x[:, :, : most * size].unflatten(2, (most, size)) for x in (keys, values))
         turned = rotary.rotate(keys, torch.arange(size, device=keys.device))
+        held_keys, held_values, landmarks = self._complete
         for row, count in enumerate(complete):
             at = slice(self.blocks[row], self.blocks[row] + count)
-            self._keys[row, :, at] = turned[row, :, :count].to(self._keys.device)
-            self._values[row, :, at] = values[row, :, :count].to(self._values.device)
-            self._landmarks[row, :, at] = turned[row, :, :count, -1]
+            held_keys[row, :, at] = turned[row, :, :count].to(held_keys.device)
+            held_values[row, :, at] = values[row, :, :count].to(held_values.device)
+            landmarks[row, :, at] = turned[row, :, :count, -1]
             self.blocks[row] += count
             if self.max_blocks is not None and self.blocks[row] > self.max_blocks:
                 self._drop(row, self.blocks[row] - self.max_blocks)
@@ -223,7 +238,7 @@ class LandmarkStore(LayerStore):
     def _drop(self, row: int, count: int) -> None:
         """Forget a row's oldest blocks."""
         kept = self.blocks[row] - count
-        for tensor in (self._keys, self._values, self._landmarks):
+        for tensor in self._complete:
             tensor[row, :, :kept] = tensor[row, :, count : count + kept].clone()
         self.blocks[row] = kept
         self.dropped[row] += count

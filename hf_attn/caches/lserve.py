@@ -152,10 +152,10 @@ class LServeStore(LayerStore):
         counts = [key.shape[2]] * key.shape[0] if real is None else real.sum(-1).tolist()
         retrieval, _ = self.heads(key.shape[1], key.device)
         if retrieval is None or retrieval.numel():
-            tensors = [pick(x, retrieval) for x in (key, value)]
+            keys, values = pick(key, retrieval), pick(value, retrieval)
             if real is not None:
-                tensors = [left_aligned(x, real) for x in tensors]
-            self.paged.write(*tensors, counts, self.scales)
+                keys, values = left_aligned(keys, real), left_aligned(values, real)
+            self.paged.write(keys, values, counts, self.scales)
         return counts
 
     @outliving
@@ -169,7 +169,7 @@ class LServeStore(LayerStore):
         retrieval, streaming = self.heads(key.shape[1], key.device)
         counts = [key.shape[2]] * key.shape[0] if real is None else real.sum(-1).tolist()
         if streaming is None or streaming.numel():
-            tokens = [pick(x, streaming) for x in (key, value)]
+            tokens = pick(key, streaming), pick(value, streaming)
             equal = self.lengths[0] if real is None and len(set(self.lengths)) == 1 else None
             if equal is not None and key.shape[2] == 1:
                 position = torch.full((key.shape[0], 1), equal, device=key.device)
@@ -225,9 +225,10 @@ class LServeStore(LayerStore):
             return
         given = self.options.kv_scales
         if given is not None:
-            self.scales = tuple(torch.tensor(x, dtype=torch.float32, device=key.device) for x in given)
+            keys, values = (torch.tensor(x, dtype=torch.float32, device=key.device) for x in given)
         else:
-            self.scales = (absmax_scale(key), absmax_scale(value))
+            keys, values = absmax_scale(key), absmax_scale(value)
+        self.scales = (keys, values)
 
     def _count_slots(self, key: Tensor, real: Tensor | None) -> None:
         batch, count = key.shape[0], key.shape[2]
@@ -242,7 +243,7 @@ class LServeStore(LayerStore):
 
     def dense(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append, and give everything in the host's slots; padded slots hold 0. ValueError when tokens are gone."""
-        if self.streaming.evicted or (self.streaming.ring and self.streaming.held is not None):
+        if self.streaming.evicted or (self.streaming.ring and not self.streaming.empty):
             raise ValueError(
                 "this cache has dropped tokens of its streaming heads, so only the mechanism that made it can go on; "
                 "apply 'lserve' again, or run the prompt with another cache"
@@ -258,7 +259,7 @@ class LServeStore(LayerStore):
                 put(out, retrieval, self.paged.tokens(length)[which].to(new.dtype))
             if streaming is None or streaming.numel():
                 held = self.streaming.held
-                tokens = held[which].dense()[:, :, 0].to(new.dtype)
+                tokens = held[:2][which].dense()[:, :, 0].to(new.dtype)
                 order = held.position.clamp(min=0)[:, None, :, None].expand_as(tokens)
                 ordered = torch.zeros(*tokens.shape[:2], length, tokens.shape[3], dtype=new.dtype, device=new.device)
                 put(out, streaming, ordered.scatter_(2, order, tokens))
@@ -284,7 +285,7 @@ class LServeStore(LayerStore):
             self.reset()
             return
         if self.real is None:
-            counts = [count] * self.batch
+            counts = [count] * len(self.lengths)
         else:
             counts = self.real[:, -count:].sum(-1).tolist()
         lengths = [n - c for n, c in zip(self.lengths, counts, strict=True)]
@@ -354,7 +355,8 @@ def head_lists(
         return nothing, None
     # Listed on the host: a compiler could not know how many a mask on the device holds.
     lists = [[head for head, kind in enumerate(retrieval) if kind is wanted] for wanted in (True, False)]
-    return tuple(torch.tensor(heads, dtype=torch.int64, device=device) for heads in lists)
+    reading, streaming = (torch.tensor(heads, dtype=torch.int64, device=device) for heads in lists)
+    return reading, streaming
 
 
 def query_heads(heads: Tensor, group: int) -> Tensor:

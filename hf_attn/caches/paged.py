@@ -55,20 +55,29 @@ class PagedKV:
         return len(set(self.lengths)) <= 1
 
     @property
-    def stats(self) -> Tensor | None:
-        """Key statistics of the tokens that count, `[B, H, capacity, G, 2, D]`."""
+    def stats(self) -> Tensor:
+        """Key statistics of the tokens that count, `[B, H, capacity, G, 2, D]`, once there are pages."""
+        stats = self._stats
+        assert stats is not None
         if self._unpooled:
             stop = self.lengths[0]
             start, self._unpooled = stop - self._unpooled, 0
             keys = self.flat[0][:, :, start:stop]
-            update_statistics(self._stats.flatten(2, 3), keys, start, self.logical_page_size)
-        return self._stats
+            update_statistics(stats.flatten(2, 3), keys, start, self.logical_page_size)
+        return stats
+
+    @property
+    def _pages(self) -> tuple[Pages, Pages]:
+        """Keys and values, once there are pages."""
+        assert self.key is not None and self.value is not None
+        return self.key, self.value
 
     @property
     def flat(self) -> tuple[Tensor, Tensor]:
         """Keys and values of floating pages as rows of tokens, `[B, H, capacity * P, D]`: views."""
         if self._flat is None or self._flat[0] is not self.key:
-            self._flat = self.key, (self.key.data.flatten(2, 3), self.value.data.flatten(2, 3))
+            key, value = self._pages
+            self._flat = key, (key.data.flatten(2, 3), value.data.flatten(2, 3))
         return self._flat[1]
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -83,8 +92,7 @@ class PagedKV:
         if self.key is None:
             self.lengths = [0] * key.shape[0]
         self._grow(max(n + c for n, c in zip(self.lengths, counts, strict=True)), key, value, scales)
-        pairs = ((self.key, key), (self.value, value))
-        for target, source in pairs:
+        for target, source in zip(self._pages, (key, value), strict=True):
             encoded = self.format.encode(source, None if scales is None else scales[0 if source is key else 1])
             tensors = [(target.data, encoded.data)]
             if target.zero is not None:
@@ -139,20 +147,19 @@ class PagedKV:
             return
         capacity = needed + (max(needed // GROWTH, MIN_GROWTH) if self.capacity else 0)
         batch, heads = key.shape[:2]
-        old = self.key, self.value, self.stats
         sizes = [(batch, heads, capacity, self.page_size, x.shape[3]) for x in (key, value)]
         new_scales = (None, None) if scales is None else scales
         pages = [self.format.allocate(*arguments) for arguments in zip(sizes, (key, value), new_scales, strict=True)]
         stats_shape = (batch, heads, capacity, self.page_size // self.logical_page_size, 2, key.shape[3])
         stats = empty_statistics(stats_shape, self.stats_dtype or key.dtype, key.device)
-        if old[0] is not None:
-            held = old[0].data.shape[2]
-            for before, after in zip(old[:2], pages, strict=True):
+        if self.capacity:
+            held = self.capacity
+            for before, after in zip(self._pages, pages, strict=True):
                 after.data[:, :, :held] = before.data
                 if after.zero is not None:
                     after.scale[:, :, :held] = before.scale
                     after.zero[:, :, :held] = before.zero
-            stats[:, :, :held] = old[2]
+            stats[:, :, :held] = self.stats
         self.key, self.value, self._stats = *pages, stats
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -162,7 +169,7 @@ class PagedKV:
         else dequantised (fp32). Rows with fewer tokens hold anything finite behind them."""
         pages = -(-count // self.page_size)
         found = []
-        for stored in (self.key, self.value):
+        for stored in self._pages:
             part = stored.map(lambda t: t[:, :, :pages])
             found.append(part.dense().flatten(2, 3)[:, :, :count])
         return found[0], found[1]
@@ -170,11 +177,11 @@ class PagedKV:
     def token(self, number: int) -> tuple[Tensor, Tensor]:
         """Token `number` of every row as it is stored, `[B, H, 1, D]` and `[B, H, 1, Dv]`, dequantised."""
         page, inside = divmod(number, self.page_size)
-        found = (
+        key, value = (
             stored.map(lambda t: t[:, :, page : page + 1, inside : inside + 1]).dense()[:, :, 0]
-            for stored in (self.key, self.value)
+            for stored in self._pages
         )
-        return tuple(found)
+        return key, value
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
@@ -183,8 +190,10 @@ class PagedKV:
 
         With quantised keys that page's statistics come from the dequantised ones.
         """
+        if not any(counts):
+            return
         size = self.logical_page_size
-        stats = None if self.stats is None else self.stats.flatten(2, 3)
+        keys, stats = self._pages[0], self.stats.flatten(2, 3)
         for row, count in enumerate(counts):
             if count == 0:
                 continue
@@ -195,7 +204,7 @@ class PagedKV:
             fresh.copy_(empty_statistics(tuple(fresh.shape), stats.dtype, stats.device))
             if length % size:
                 page = length // self.page_size
-                tail = self.key.map(lambda t, r=row, p=page: t[r : r + 1, :, p : p + 1]).dense()[:, :, 0]
+                tail = keys.map(lambda t, r=row, p=page: t[r : r + 1, :, p : p + 1]).dense()[:, :, 0]
                 first = start * size - page * self.page_size
                 kept = tail[:, :, first : length - page * self.page_size]
                 update_statistics(stats[row : row + 1], kept, start * size, size)
@@ -206,7 +215,7 @@ class PagedKV:
             return
         index = rows.to(self.key.data.device)
         self._stats = self.stats.index_select(0, index)
-        self.key, self.value = (pages.map(lambda t: t.index_select(0, index)) for pages in (self.key, self.value))
+        self.key, self.value = (pages.map(lambda t: t.index_select(0, index)) for pages in self._pages)
         self.lengths = [self.lengths[row] for row in rows.tolist()]
 
     def reset(self) -> None:
@@ -217,12 +226,11 @@ class PagedKV:
     def to(self, device: torch.device | str) -> None:
         """Move everything."""
         if self.key is not None:
-            self._stats = self.stats
+            self._stats = self.stats.to(device, non_blocking=True)
             self.key, self.value = (
                 Pages(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in pages))
-                for pages in (self.key, self.value)
+                for pages in self._pages
             )
-            self._stats = self._stats.to(device, non_blocking=True)
 
     def bytes(self) -> dict[str, int]:
         """Bytes of the pages in use (`data`, `scales`, `zeros`, `statistics`), and of what is `allocated` in all."""
@@ -231,7 +239,7 @@ class PagedKV:
         rows, capacity = len(self.lengths), self.capacity
         in_use = sum(-(-length // self.page_size) for length in self.lengths) / max(rows * capacity, 1)
         total = {"statistics": self.stats.numel() * self.stats.element_size()}
-        for pages in (self.key, self.value):
+        for pages in self._pages:
             for name, size in pages.bytes().items():
                 total[name] = total.get(name, 0) + size
         return {name: round(size * in_use) for name, size in total.items()} | {"allocated": sum(total.values())}

@@ -66,7 +66,7 @@ class KVFormat:
             return dim * dtype.itemsize
         if self.name == "int8-per-tensor":
             return dim
-        return dim * self.bits / 8 + 2 + getattr(torch, self.zero_dtype).itemsize
+        return (dim / 2 if self.bits == 4 else dim) + 2 + getattr(torch, self.zero_dtype).itemsize
 
 
 def absmax_scale(x: Tensor) -> Tensor:

@@ -28,6 +28,12 @@ class SelectedTokens:
         """Rows held; None while empty."""
         return None if self.key is None else self.key.shape[0]
 
+    @property
+    def _lists(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and places, once there is room for some."""
+        assert self.key is not None and self.value is not None and self.places is not None
+        return self.key, self.value, self.places
+
     @outliving
     def append(self, key: Tensor, value: Tensor, selected: Tensor) -> None:
         """Add the chosen ones of new tokens.
@@ -38,7 +44,7 @@ class SelectedTokens:
 
         Raises ValueError for other rows, heads or sizes than held; nothing is changed then.
         """
-        if self.key is not None and (
+        if (self.key is not None and self.value is not None) and (
             self.key.shape[:2] + self.key.shape[3:] != key.shape[:2] + key.shape[3:]
             or self.value.shape[3] != value.shape[3]
         ):
@@ -50,23 +56,26 @@ class SelectedTokens:
         held = torch.zeros_like(rank[..., 0]) if self.lengths is None else self.lengths
         self._reserve(key, value, int((held + rank[..., -1]).max()) if rank.numel() else 0)
         # Tokens that were not chosen go to the last slot, which is never read.
-        spare = self.key.shape[2] - 1
+        keys, values, held_places = self._lists
+        spare = keys.shape[2] - 1
         target = torch.where(selected, held[..., None] + rank - 1, spare)
-        for store, new in ((self.key, key), (self.value, value)):
+        for store, new in ((keys, key), (values, value)):
             store.scatter_(2, target[..., None].expand(*target.shape, new.shape[3]), new)
         places = torch.arange(self.slots, self.slots + key.shape[2], device=key.device).expand_as(target)
-        self.places.scatter_(2, target, places)
+        held_places.scatter_(2, target, places)
         self.lengths = held + rank[..., -1] if rank.shape[-1] else held
         self.slots += key.shape[2]
 
     def read(self, queries: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys `[B, H, L, D]`, values `[B, H, L, Dv]`, and what each of the last `queries` tokens sees, bool
         `[B, H, queries, L]`; L is the longest list."""
+        keys, values, places = self._lists
+        assert self.lengths is not None
         longest = max(int(self.lengths.max()), 1)
-        within = torch.arange(longest, device=self.key.device) < self.lengths[..., None]
-        last = torch.arange(self.slots - queries, self.slots, device=self.key.device)
-        seen = within[:, :, None] & (self.places[:, :, None, :longest] <= last[:, None])
-        return self.key[:, :, :longest], self.value[:, :, :longest], seen
+        within = torch.arange(longest, device=keys.device) < self.lengths[..., None]
+        last = torch.arange(self.slots - queries, self.slots, device=keys.device)
+        seen = within[:, :, None] & (places[:, :, None, :longest] <= last[:, None])
+        return keys[:, :, :longest], values[:, :, :longest], seen
 
     def _reserve(self, key: Tensor, value: Tensor, longest: int) -> None:
         capacity = 0 if self.key is None else self.key.shape[2]
@@ -91,8 +100,9 @@ class SelectedTokens:
             raise ValueError(f"cannot forget {count} of {self.slots} tokens")
         self.slots -= count
         if self.lengths is not None:
-            slots = torch.arange(self.places.shape[2], device=self.places.device)
-            self.lengths = ((slots < self.lengths[..., None]) & (self.places < self.slots)).sum(-1)
+            places = self._lists[2]
+            slots = torch.arange(places.shape[2], device=places.device)
+            self.lengths = ((slots < self.lengths[..., None]) & (places < self.slots)).sum(-1)
 
     @outliving
     def select_rows(self, rows: Tensor) -> None:

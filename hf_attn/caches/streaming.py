@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,14 @@ class Held(NamedTuple):
     key: Pages
     value: Pages
     position: Tensor
+
+    def map(self, pages: Callable[[Pages], Pages], position: Tensor) -> Held:
+        """Other slot numbers, and what `pages` makes of the keys and of the values."""
+        return Held(pages(self.key), pages(self.value), position)
+
+
+# Stands for numbers that `StreamingKV._tell` fills in.
+_UNTOLD = torch.empty(0, 0, dtype=torch.int64)
 
 
 class Undo(NamedTuple):
@@ -55,20 +64,26 @@ class StreamingKV:
         self._undo: Undo | None = None
 
     @property
-    def held(self) -> Held | None:
-        """What is stored; None while nothing is."""
+    def empty(self) -> bool:
+        """Whether nothing is stored."""
+        return self._held is None
+
+    @property
+    def held(self) -> Held:
+        """What is stored, once there is something."""
         if self._late:
             self._tell()
+        assert self._held is not None
         return self._held
 
     @held.setter
-    def held(self, held: Held | None) -> None:
+    def held(self, held: Held) -> None:
         self._held, self._late = held, []
 
     def _tell(self) -> None:
         """Write the numbers of late tokens, and how to take back the newest of them."""
-        position, late = self._held.position, self._late
-        self._late = []
+        late, self._late = self._late, []
+        position = self.held.position
         slot, number = late.pop()
         if late:
             slots, numbers = torch.tensor(late, device=position.device).T
@@ -82,8 +97,10 @@ class StreamingKV:
     @property
     def flat(self) -> tuple[Tensor, Tensor]:
         """Keys and values of floating slots, `[B, H, slots, D]`: views."""
-        if self._flat is None or self._flat[0] is not self._held.key:
-            self._flat = self._held.key, (self._held.key.data[:, :, 0], self._held.value.data[:, :, 0])
+        held = self._held
+        assert held is not None
+        if self._flat is None or self._flat[0] is not held.key:
+            self._flat = held.key, (held.key.data[:, :, 0], held.value.data[:, :, 0])
         return self._flat[1]
 
     def slot_of(self, position: Tensor) -> Tensor:
@@ -114,7 +131,7 @@ class StreamingKV:
 
         `number`: of the first new token, where it is the same in all rows and all tokens are real.
         """
-        undo = Undo(self.held, self.ring, self.evicted, new, [])
+        undo = Undo(None if self.empty else self.held, self.ring, self.evicted, new, [])
         if single and not self.ring:
             self._to_ring(new)
         if self.ring and single and number is not None:
@@ -131,21 +148,23 @@ class StreamingKV:
             position = self.held.position.new_full((key.shape[0], 1), number)
             self.append(self.encode(key, value, position, scales), single=True, number=number)
             return
-        slot, overwritten = self.slot(number), []
-        for data, into, token in zip(self._held[:2], self.flat, (key, value), strict=True):
+        held, slot = self._held, self.slot(number)
+        assert held is not None
+        overwritten: list[tuple] = []
+        for data, into, token in zip(held[:2], self.flat, (key, value), strict=True):
             at = into.narrow(2, slot, 1)
             overwritten.append((data.data, slice(None), slot, at.clone()[:, :, 0]))
             at.copy_(token)
         # The number follows when it is asked for, at the latest before a slot comes up again.
         if len(self._late) >= self.local:
             self._tell()
-        new = Held(Pages(key[:, :, None]), Pages(value[:, :, None]), None)
-        self._undo = Undo(self._held, True, self.evicted, new, overwritten)
+        new = Held(Pages(key[:, :, None]), Pages(value[:, :, None]), _UNTOLD)
+        self._undo = Undo(held, True, self.evicted, new, overwritten)
         self.evicted |= number >= self.sink + self.local + self.page_size
         self._late.append((slot, number))
 
     def _extend(self, new: Held) -> None:
-        joined = new if self.held is None else _join(self.held, new)
+        joined = new if self.empty else _join(self.held, new)
         newest = joined.position.amax(-1, keepdim=True)
         keep = (joined.position >= 0) & (
             (joined.position < self.keep_sink) | (joined.position > newest - self.keep_local)
@@ -161,10 +180,9 @@ class StreamingKV:
 
     def _to_ring(self, like: Held) -> None:
         slots = self.sink + self.local + self.page_size
-        if self.held is None:
-            batch = like.position.shape[0]
-            blank = [pages.map(lambda t: t.new_zeros(*t.shape[:3], slots, *t.shape[4:])) for pages in like[:2]]
-            self.held = Held(*blank, like.position.new_full((batch, slots), -1))
+        if self.empty:
+            none = like.position.new_full((like.position.shape[0], slots), -1)
+            self.held = like.map(lambda p: p.map(lambda t: t.new_zeros(*t.shape[:3], slots, *t.shape[4:])), none)
             self.ring = True
             return
         held = self.held
@@ -201,14 +219,14 @@ class StreamingKV:
 
     def _write_slot(self, new: Held, number: int, overwritten: list[tuple]) -> None:
         """`_write_ring` for the token `number` of every row, without looking at the device."""
-        slot = self.slot(number)
+        held, slot = self.held, self.slot(number)
         self.evicted |= number >= self.sink + self.local + self.page_size
-        for target, source in zip(self.held[:2], new[:2], strict=True):
+        for target, source in zip(held[:2], new[:2], strict=True):
             for into, tokens in _tensors(target, source):
                 overwritten.append((into, slice(None), slot, into[:, :, 0, slot].clone()))
                 into[:, :, 0, slot] = tokens[:, :, 0, 0]
-        overwritten.append((self.held.position, slice(None), slot, self.held.position[:, slot].clone()))
-        self.held.position[:, slot] = number
+        overwritten.append((held.position, slice(None), slot, held.position[:, slot].clone()))
+        held.position[:, slot] = number
 
     # -- changing ------------------------------------------------------------------------------------------------------
 
@@ -217,7 +235,7 @@ class StreamingKV:
 
         Raises ValueError when tokens that the shorter rows would need are gone; changes nothing then.
         """
-        if self.held is None or not any(counts):
+        if self.empty or not any(counts):
             return
         limit = torch.tensor(lengths, device=self.held.position.device)[:, None]
         if not self.evicted:
@@ -235,7 +253,8 @@ class StreamingKV:
                 tensor[rows, slots] = old
             else:
                 tensor[rows, :, 0, slots] = old
-        self.held, self.ring, self.evicted, new = undo.held, undo.ring, undo.evicted, undo.new
+        self._held, self._late = undo.held, []
+        self.ring, self.evicted, new = undo.ring, undo.evicted, undo.new
         kept = new._replace(position=torch.where(new.position < limit, new.position, -1))
         if bool((kept.position >= 0).any()):
             self.append(kept, single=False)
@@ -244,27 +263,30 @@ class StreamingKV:
     def select_rows(self, rows: Tensor) -> None:
         """Keep these batch rows, in this order."""
         self._undo = None
-        if self.held is not None:
-            index = rows.to(self.held.position.device)
-            pages = [p.map(lambda t: t.index_select(0, index)) for p in self.held[:2]]
-            self.held = Held(*pages, self.held.position.index_select(0, index))
+        if not self.empty:
+            held, index = self.held, rows.to(self.held.position.device)
+            position = held.position.index_select(0, index)
+            self.held = held.map(lambda p: p.map(lambda t: t.index_select(0, index)), position)
 
     def reset(self) -> None:
         """Forget everything and free it."""
-        self.held = self._undo = self._flat = None
+        self._held = self._undo = self._flat = None
+        self._late = []
         self.ring = self.evicted = False
         self.keep_local = self._keep_local
 
     def to(self, device: torch.device | str) -> None:
         """Move everything."""
         self._undo = None
-        if self.held is not None:
-            pages = [Pages(*(x.to(device) if isinstance(x, Tensor) else x for x in p)) for p in self.held[:2]]
-            self.held = Held(*pages, self.held.position.to(device))
+        if not self.empty:
+            held = self.held
+            self.held = held.map(
+                lambda p: Pages(*(x.to(device) if isinstance(x, Tensor) else x for x in p)), held.position.to(device)
+            )
 
     def bytes(self) -> int:
         """Bytes of keys, values and slot numbers."""
-        if self.held is None:
+        if self.empty:
             return 0
         numbers = self.held.position.numel() * self.held.position.element_size()
         return sum(sum(pages.bytes().values()) for pages in self.held[:2]) + numbers
@@ -277,24 +299,20 @@ def _tensors(target: Pages, source: Pages) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _copy(held: Held) -> Held:
-    return Held(*(pages.map(torch.clone) for pages in held[:2]), held.position.clone())
-
-
 def _join(first: Held, second: Held) -> Held:
-    pages = []
-    for a, b in zip(first[:2], second[:2], strict=True):
+    def joined(a: Pages, b: Pages) -> Pages:
         parts = iter([torch.cat([x, y], 3) for x, y in _tensors(a, b)])
-        pages.append(a.map(lambda _, parts=parts: next(parts)))
-    return Held(*pages, torch.cat([first.position, second.position], 1))
+        return a.map(lambda _: next(parts))
+
+    position = torch.cat([first.position, second.position], 1)
+    return Held(joined(first.key, second.key), joined(first.value, second.value), position)
 
 
 def _gather(held: Held, slots: Tensor) -> Held:
     """Slots `[B, n]` of every row."""
+    position = held.position.gather(1, slots)
     if slots.shape[0] == 1 or bool((slots == slots[:1]).all()):
-        pages = [p.map(lambda t: t.index_select(3, slots[0])) for p in held[:2]]
-    else:
-        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        # Advanced indices on both sides of a slice put their dimensions first.
-        pages = [p.map(lambda t: t[rows, :, :, slots].movedim(1, 3).contiguous()) for p in held[:2]]
-    return Held(*pages, held.position.gather(1, slots))
+        return held.map(lambda p: p.map(lambda t: t.index_select(3, slots[0])), position)
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    # Advanced indices on both sides of a slice put their dimensions first.
+    return held.map(lambda p: p.map(lambda t: t[rows, :, :, slots].movedim(1, 3).contiguous()), position)

@@ -156,6 +156,7 @@ def one_turn(model: Any, tokenizer: Any, ids: torch.Tensor, row: Row, answer_tok
     row.seconds.append(result.seconds)
     row.perplexity = result.perplexity
     if row.name != "sdpa":
+        assert result.mass is not None  # a mechanism was called
         row.mass = result.mass
         row.density = hf_attn.stats(model)["totals"]["density"]
     row.answer = tokenizer.decode(greedy_answer(model, result, answer_tokens)).strip().replace("\n", " ")
@@ -222,11 +223,12 @@ def decode(model: Any, tokenizer: Any, sizes: list[int]) -> list[decoding.Row]:
     options = {**LSERVE, **head_options(model, tokenizer, None, 0.5, CALIBRATION_TOKENS)}
     table = [variant for variant in decoding.variants("lserve", options) if variant.name != decoding.OWN]
     ids = token_windows(tokenizer, [python_reference_text()], length=max(sizes) + 1, count=1)
-    prompts = decoding.Prompts(model, "lserve", table[1].options, ids)
+    options = next(variant.options for variant in table if variant.options is not None)
+    prompts = decoding.Prompts(model, "lserve", options, ids)
     with progress_line("decode") as progress:
         rows = decoding.measure(model, "lserve", table, ids, prompts, sizes, repeats=DECODE_ROUNDS, progress=progress)
     console.print(decode_table(rows, own=False))
-    for note in decode_notes(rows, table[1].options):
+    for note in decode_notes(rows, options):
         console.print(note, highlight=False)
     console.print("more lengths, models and baselines: hf-attn bench decode --help")
     return rows

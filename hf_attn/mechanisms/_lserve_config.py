@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from hf_attn.checks import require_int, require_one_of
 from hf_attn.mechanism import MechanismConfig
 from hf_attn.mechanisms._lserve_heads import classify_heads
 from hf_attn.ops.backend import may_go_dense
+
+Row = TypeVar("Row")
 
 
 @dataclass
@@ -125,14 +127,7 @@ class LServeConfig(MechanismConfig):
             if table is None:
                 table = classify_heads(torch.tensor(self.gates, dtype=torch.float64), self.static_sparsity).tolist()
             self._classes = [tuple(bool(kind) for kind in row) for row in table]
-        if len(self._classes) == 1:
-            return self._classes[0]
-        if layer is None or layer >= len(self._classes):
-            raise ValueError(
-                f"heads and gates name {len(self._classes)} layers, but this attention layer has the number {layer}; "
-                "give one row a layer of the model, or one row for all"
-            )
-        return self._classes[layer]
+        return _row("heads and gates name", self._classes, layer)
 
     def check_layer_count(self, count: int) -> None:
         """Refuse tables of another number of layers, and single indices in `layers` that no layer has."""
@@ -154,9 +149,10 @@ class LServeConfig(MechanismConfig):
         retrieval = self.retrieval(layer)
         if retrieval == ():
             retrieval = (False,) * (kv_heads or 1)
-        scales = self.kv_scales
-        if scales is not None:
-            scales = tuple(scales[0 if len(scales) == 1 else layer])
+        scales = None
+        if self.kv_scales is not None:
+            keys, values = _row("kv_scales names", self.kv_scales, layer)
+            scales = (keys, values)
         return StoreOptions(
             retrieval=retrieval,
             page_size=self.page_size,
@@ -170,6 +166,18 @@ class LServeConfig(MechanismConfig):
             stats_dtype=self.stats_dtype,
             kv_scales=scales,
         )
+
+
+def _row(what: str, rows: list[Row], layer: int | None) -> Row:
+    """A layer's row, or the one for all. Raises ValueError for a layer that the rows do not reach."""
+    if len(rows) == 1:
+        return rows[0]
+    if layer is None or layer >= len(rows):
+        raise ValueError(
+            f"{what} {len(rows)} layers, but this attention layer has the number {layer}; give one row a layer of the "
+            "model, or one row for all"
+        )
+    return rows[layer]
 
 
 def _table(name: str, rows: Any, allowed, what: str, kind: type) -> list[list] | None:

@@ -106,14 +106,14 @@ def from_store(
     done: dict[str, Any] = {"lengths": lengths, "selector_runs": 0}
     selection = None
     if retrieval is None or retrieval.numel():
-        tensors = [pick(query[:, :, 0], retrieving), *(pick(x, retrieval) for x in (key, value))]
-        part, selection = _pages(*tensors, lengths, config, store, call.scale, done)
+        queries, keys, values = pick(query[:, :, 0], retrieving), pick(key, retrieval), pick(value, retrieval)
+        part, selection = _pages(queries, keys, values, lengths, config, store, call.scale, done)
         put(out, retrieving, part[:, :, None])
     store.pages_read = store.pages_read + done.get("pages_read", 0)
     store.commit(key, value, real, single=True, selection=selection)
     if streaming is None or streaming.numel():
-        tokens = [pick(x, streaming) for x in (key, value)]
-        put(out, windowed, _streaming(pick(query, windowed), *tokens, lengths, store, call.scale))
+        queries, keys, values = pick(query, windowed), pick(key, streaming), pick(value, streaming)
+        put(out, windowed, _streaming(queries, keys, values, lengths, store, call.scale))
     if real is not None:
         out = out.masked_fill(~real[:, None, :, None], 0.0)
     return out, done
@@ -342,6 +342,7 @@ def _remembered_lists(call, query, key, slots, lengths, config, statistics, done
         before, now = checksums(key, slots, lengths)
         previous = REMEMBERED.find(call.layer.module, before)
         selection, long, ran = choose(query.detach(), lengths, config, previous, statistics)
+        assert selection is not None  # a row is long enough
         REMEMBERED.keep(call.layer.module, now, selection)
         done["selector_runs"] = int(ran)
     else:

@@ -83,7 +83,7 @@ def _short_step(
         window = plan.streaming.of(key), plan.streaming.of(value)
     store.pages_read = store.pages_read + done.get("pages_read", 0)
     store.commit_one(window, keys, selection)
-    if plan.streams:
+    if window is not None:
         tail = _stream(plan.windowed.of(query), *window, number, store, scale)
     return plan.joined(part, tail), done
 

@@ -127,7 +127,8 @@ def positions(layout: TokenLayout, query_offset: int, permutation_invariant: boo
 
     Raises ValueError when a document reaches `query_offset`.
     """
-    segments, roles = layout.index[:, 0, : layout.q_len], layout.roles[:, : layout.q_len]
+    index, roles = layout.known_documents()
+    segments, roles = index[:, 0, : layout.q_len], roles[:, : layout.q_len]
     real = segments >= 0
     running = real.long().cumsum(1) - 1
     if not permutation_invariant:
@@ -175,7 +176,8 @@ def describe(config: BlockRankConfig, q_len: int, k_len: int) -> dict[str, Any]:
 
 def _pairs(tokens: TokenLayout) -> tuple[Tensor, Tensor]:
     """(query, key) pairs that are read, and pairs of causal attention, over the batch."""
-    segments, roles = tokens.index[:, 0, tokens.q_len :].long(), tokens.roles[:, tokens.q_len :]
+    index, roles = tokens.known_documents()
+    segments, roles = index[:, 0, tokens.q_len :].long(), roles[:, tokens.q_len :]
     real = segments >= 0
     prefix, reader = ((real & (roles == role)).sum(1).double() for role in (0, 2))
     total = real.sum(1).double()

@@ -39,11 +39,10 @@ def attend(call: AttentionCall, config: LServeConfig) -> Tensor:
                 heads = call.key.shape[1], call.query.shape[1]
                 record_decode(call.layer.record, heads, config, store.options.retrieval, done, store.pages_held)
             return out
-        out = _prompt(call, config, store.options.retrieval) if store.slots == 0 else None
-        if out is None:
-            out = _behind_store(call, config, store, real)
-        else:
-            store.append(call.key, call.value, real)
+        if store.slots > 0:
+            return _behind_store(call, config, store, real)
+        out = _prompt(call, config, store.options.retrieval)
+        store.append(call.key, call.value, real)
         return out
     kinds = _kinds(call, config)
     if call.q_len == 1:
@@ -93,8 +92,15 @@ def _prompt(call: AttentionCall, config: LServeConfig, kinds: tuple[bool, ...] |
 
 
 def _windowed(call: AttentionCall, config: LServeConfig) -> Tensor:
-    sizes = {"sinks": config.ctx_sink, "window": config.ctx_local, "scale": call.scale}
-    return sink_window_attention(call.query, call.key, call.value, tokens=call.tokens, **sizes)
+    return sink_window_attention(
+        call.query,
+        call.key,
+        call.value,
+        sinks=config.ctx_sink,
+        window=config.ctx_local,
+        scale=call.scale,
+        tokens=call.tokens,
+    )
 
 
 def _behind_store(call: AttentionCall, config: LServeConfig, store: LServeStore, real: Tensor | None) -> Tensor:
@@ -121,8 +127,8 @@ def _behind_store(call: AttentionCall, config: LServeConfig, store: LServeStore,
         put(out, wide, dense_attention(part))
     if streaming is None or streaming.numel():
         wide = None if streaming is None else query_heads(streaming, group)
-        tensors = [pick(query, wide), *(pick(x, streaming) for x in (key, value))]
-        put(out, wide, _window_of_held(*tensors, position, config, store, call.scale))
+        queries, keys, values = pick(query, wide), pick(key, streaming), pick(value, streaming)
+        put(out, wide, _window_of_held(queries, keys, values, position, config, store, call.scale))
     if real is not None:
         out = out.masked_fill(~real[:, None, :, None], 0.0)
     store.commit(key, value, real, single=False)
@@ -152,8 +158,8 @@ def _window_of_held(
 ) -> Tensor:
     """Streaming heads of several tokens behind what is held: ctx_sink and ctx_local tokens as far as they are there."""
     keys, values, numbers = key, value, position
-    held = store.streaming.held
-    if held is not None:
+    if not store.streaming.empty:
+        held = store.streaming.held
         keys, values = (
             torch.cat([pages.dense()[:, :, 0].to(new.dtype), new], 2)
             for pages, new in zip(held[:2], (key, value), strict=True)

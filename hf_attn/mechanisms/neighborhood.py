@@ -181,12 +181,13 @@ def _grid(call: AttentionCall, config: NeighborhoodConfig) -> TokenGrid:
     if call.tokens.dense is not None or call.tokens.window is not None or call.tokens.roles is not None:
         raise ValueError("neighborhood follows padding only, but this layer has a mask or a window of its own")
     grid = call.tokens.grid
-    if grid is None and config.grid is None:
-        raise ValueError(
-            f"neighborhood needs the grid of the {call.k_len} tokens, which this model does not tell; pass "
-            "grid=(height, width), and prefix_tokens= for class tokens and registers"
-        )
-    grid = _flat_grid(config.grid, config.prefix_tokens) if grid is None else grid
+    if grid is None:
+        if config.grid is None:
+            raise ValueError(
+                f"neighborhood needs the grid of the {call.k_len} tokens, which this model does not tell; pass "
+                "grid=(height, width), and prefix_tokens= for class tokens and registers"
+            )
+        grid = _flat_grid(config.grid, config.prefix_tokens)
     grid.check_length(call.k_len)
     if max(grid.shape) < 2:
         raise ValueError("neighborhood needs a grid of at least two tokens, got one")

@@ -51,7 +51,7 @@ class HeadRoutedAttention(RoutedAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Any = None,
         past_key_values: Any = None,
@@ -126,7 +126,7 @@ class HeadRoutedHead(CardOnPush):
         soft = config.moh_router == "learned" and config.moh_router_scaling != "quantized"
         form = config.moh_aux_form or ("code" if soft else "paper")
         for routing in (attention.routing for attention in self.routed_attentions()):
-            if routing is None or routing.prob is None:
+            if routing is None or routing.prob is None or routing.chosen is None:
                 continue
             real = None
             if isinstance(mask, Tensor) and mask.dim() == 2:

@@ -31,7 +31,7 @@ class KeyConvolutionAttention(HostAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Any = None,
         past_key_values: Any = None,
@@ -48,7 +48,7 @@ class KeyConvolutionAttention(HostAttention):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if self.k_conv1d is not None:
-            key = self._convolve(key, cache, key_sequences)
+            key = self._convolve(self.k_conv1d, key, cache, key_sequences)
         if self.rotary:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
@@ -68,11 +68,11 @@ class KeyConvolutionAttention(HostAttention):
         )
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
-    def _convolve(self, key: Tensor, cache: Any, sequences: Tensor | None) -> Tensor:
+    def _convolve(self, convolution: KeyConvolution, key: Tensor, cache: Any, sequences: Tensor | None) -> Tensor:
         if cache is None:
-            return self.k_conv1d(key, sequence_ids=sequences)
+            return convolution(key, sequence_ids=sequences)
         history = key_history(cache, self.config.num_hidden_layers, self.config.kconv_width, self.layer_idx)
-        key_out, rows = self.k_conv1d(
+        key_out, rows = convolution(
             key, initial_state=history.read(self.layer_idx, key), return_state=True, sequence_ids=sequences
         )
         history.write(self.layer_idx, rows, key.shape[2])
@@ -112,12 +112,11 @@ class KeyConvolutionModel(CardOnPush):
         **kwargs: Any,
     ) -> Any:
         """As the host's; `key_mask` `[B, N]` (1 = real) says where padding is when `attention_mask` is not 2-D."""
-        tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
-        if tokens is not None:
-            mask = attention_mask if key_mask is None else key_mask
-            ids = neighbours(tokens.shape[1], mask, position_ids, kwargs.get("cu_seq_lens_q"))
-            if ids is not None:
-                kwargs["key_sequences"] = ids
+        tokens = given_tokens(input_ids, kwargs)
+        mask = attention_mask if key_mask is None else key_mask
+        ids = neighbours(tokens.shape[1], mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        if ids is not None:
+            kwargs["key_sequences"] = ids
         return super().forward(input_ids, attention_mask, position_ids, *arguments, **kwargs)
 
 
@@ -172,6 +171,14 @@ def convolution_layers(config: Any) -> set[int]:
         if not 0 <= index < count:
             raise ValueError(f"kconv_layers names layer {index}, but the model has {count} layers (0 to {count - 1})")
     return set(layers)
+
+
+def given_tokens(input_ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    """The ids `[B, N]`, or the embeddings `[B, N, width]` given instead of them; ValueError where neither is."""
+    tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+    if tokens is None:
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    return tokens
 
 
 def neighbours(length: int, mask: Any, position_ids: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:

@@ -69,7 +69,7 @@ class TwoWayAttention:
                 "gate training takes whole rows of equal length without padding, packing or cache; cut the batch to "
                 "one length and pass use_cache=False"
             )
-        layer = call.layer.index
+        layer = call.layer.known_index()
         if self._mode == "teacher":
             self._full[layer] = dense_attention(call).detach()
             return self._full[layer]

@@ -29,9 +29,7 @@ class WeightAverage(TrainerCallback):
         self.decay = decay
         self.average: dict[str, Tensor] = {}
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """As the host's."""
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _AVERAGE
         found = load_file(saved) if state.global_step and saved.is_file() else _own(model).state_dict()
@@ -39,7 +37,7 @@ class WeightAverage(TrainerCallback):
         self.average = {name: value.detach().to(device, copy=True) for name, value in found.items()}
 
     @torch.no_grad()
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """As the host's."""
         step = state.global_step
         rest = 1 - min(self.decay, (1 + step) / (10 + step))

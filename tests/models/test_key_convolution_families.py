@@ -48,6 +48,11 @@ def test_the_convolution_matters(model_type):
     assert (model(ids).logits - with_it).abs().max() > 1e-2
 
 
+def test_a_call_without_tokens():
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        family("moba_llama")(attention_mask=torch.ones(1, 4))
+
+
 @pytest.mark.parametrize("moba", [True, False], ids=["moba", "sdpa"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -214,6 +215,15 @@ def test_the_longest_prefix_counts():
     model = torch.nn.ModuleDict({"net": torch.nn.Linear(2, 2, bias=False)})
     load_official(model, {"weight": torch.ones(2, 2), "aux.weight": torch.ones(1)}, names)
     assert torch.equal(model["net"].weight, torch.ones(2, 2))
+
+
+@families
+def test_fields_left_out_are_filled(family):
+    """A type checker is told that they are never None: after construction that is so, left out or given as None."""
+    cls = type(config_of(family))
+    names = [f.name for f in dataclasses.fields(cls) if str(f.type).startswith("Filled[")]
+    assert names and all(getattr(cls(), name) is not None for name in names)
+    assert cls(**dict.fromkeys(names)).to_dict() == cls().to_dict()
 
 
 @families

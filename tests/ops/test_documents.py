@@ -7,7 +7,7 @@ import torch
 
 from hf_attn import ops
 from hf_attn.call import AttentionCall, TokenLayout
-from hf_attn.mechanisms.blockrank import MECHANISM, BlockRankConfig
+from hf_attn.mechanisms.blockrank import MECHANISM, BlockRankConfig, positions
 from hf_attn.ops.hfattn_sparse.documents import op
 from tests.budget import assert_as_good_as_eager
 
@@ -169,6 +169,11 @@ def test_bad_layouts(tokens, message):
     query, key, value = tensors((9, 3), 9)
     with pytest.raises(ValueError, match=message):
         ops.document_attention(query, key, value, tokens=tokens)
+
+
+def test_positions_need_segments_and_roles():
+    with pytest.raises(ValueError, match="needs a layout of TokenLayout.documents"):
+        positions(TokenLayout.full(3, 9), query_offset=64)
 
 
 def test_other_ops_refuse_documents():

@@ -58,6 +58,7 @@ def attend(
         state.warn_once(f"{problem}; such calls run dense (strict=True raises instead)")
         count_reason(site.stats.fallbacks, problem)
         return dense_attention(query, key, value, mask, scale, site.backend)
+    assert grid is not None  # else that is the problem
     options = site.options_at(site.options.density_at(step, state.num_steps))
     return _run(query, key, value, real, grid, state, site, options, scale, rank, ranks)
 

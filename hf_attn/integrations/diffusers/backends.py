@@ -85,6 +85,7 @@ def _parallel_forward(
     parallel = _parallel_config.context_parallel_config
     rank, ranks = parallel._ulysses_mesh.get_local_rank(), parallel.ulysses_degree
     site = FRAME.site
+    assert site is not None  # `dispatch` came here from a site
     if _save_ctx:
         ctx.save_for_backward(query, key, value, attn_mask)
         ctx.hf_attn = site.handle, site.numbers.clone(), scale, rank, ranks

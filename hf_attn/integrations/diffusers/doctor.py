@@ -47,12 +47,12 @@ def doctor(
     """
     report = DoctorReport()
     models, installed = supported_models(target), installed_in(target)
-    size = _size(height, width, num_frames, needed=probe)
+    size = _size(height, width, num_frames) if probe or height is not None or width is not None else None
     if not installed:
         report.problems.append("no mechanism is set; call hf_attn.apply(pipe, name)")
     for component, (model, found) in installed.items():
         _check_installed(component, model, found, report)
-    if probe:
+    if probe and size is not None:
         for component, (model, found) in installed.items():
             _probe(component, model, found, size, target, report)
     if size is not None:
@@ -80,7 +80,7 @@ def doctor_repository(
 
     Raises OSError when there is no such pipeline, TypeError when it has no supported model.
     """
-    size = _size(height, width, num_frames, needed=True)
+    size = _size(height, width, num_frames)
     config = None if mechanism is None else checked(mechanism, options, str(repository))[1]
     index = DiffusionPipeline.load_config(repository)
     report, found = DoctorReport(), False
@@ -134,7 +134,7 @@ def predict(
         f"{told}, never more than {work.bound(0.0):.2f}x"
     )
     density = None if config is None else config.fitted_density
-    if density is not None:
+    if config is not None and density is not None:
         share = config.dense_steps if isinstance(config.dense_steps, float) else 0.0
         with_steps = f", with {share:.0%} of the steps dense" if share else ""
         report.lines.append(
@@ -147,13 +147,14 @@ def predict(
     return work
 
 
-def _size(height: int | None, width: int | None, num_frames: int, needed: bool) -> Size | None:
-    if height is None and width is None and not needed:
-        return None
-    for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1 (pixels, frames), got {value!r}")
-    return Size(height, width, num_frames)
+def _size(height: int | None, width: int | None, num_frames: int) -> Size:
+    return Size(_counted("height", height), _counted("width", width), _counted("num_frames", num_frames))
+
+
+def _counted(name: str, value: int | None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1 (pixels, frames), got {value!r}")
+    return value
 
 
 def _check_installed(component: str, model: nn.Module, found: RootHook, report: DoctorReport) -> None:

@@ -138,13 +138,23 @@ def row_of(model: nn.Module) -> ModelRow | None:
     return next((MODELS[base.__name__] for base in type(model).__mro__ if base.__name__ in MODELS), None)
 
 
-def site_modules(model: nn.Module, row: ModelRow) -> dict[str, nn.Module]:
-    """The attention modules of a model by path, in the order the model lists them."""
+def known_row(model: nn.Module) -> ModelRow:
+    """`row_of` a supported model; TypeError for another one."""
+    row = row_of(model)
+    if row is None:
+        raise TypeError(f"{type(model).__name__} is not of a supported class; supported: {', '.join(MODELS)}")
+    return row
+
+
+def site_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The attention modules of a supported model by path, in the order the model lists them."""
+    row = known_row(model)
     return {name: module for name, module in model.named_modules() if re.fullmatch(row.sites, name)}
 
 
-def grid_modules(model: nn.Module, row: ModelRow) -> dict[str, nn.Module]:
-    """The modules whose inputs tell a grid, by path; "" is the model itself."""
+def grid_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a supported model whose inputs tell a grid, by path; "" is the model itself."""
+    row = known_row(model)
     if row.grid_modules is None:
         return {"": model}
     return {name: module for name, module in model.named_modules() if type(module).__name__ == row.grid_modules}

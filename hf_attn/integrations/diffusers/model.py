@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_attn.integrations.diffusers import stats as counters
 from hf_attn.integrations.diffusers.backends import check_parallel
-from hf_attn.integrations.diffusers.geometry import MODELS, grid_modules, row_of, site_modules
+from hf_attn.integrations.diffusers.geometry import MODELS, grid_modules, known_row, row_of, site_modules
 from hf_attn.integrations.diffusers.hooks import GridHook, RootHook, add_step_hook, remove_step_hook
 from hf_attn.integrations.diffusers.plan import check_plan
 from hf_attn.integrations.diffusers.processors import SiteProcessor, can_stand_in, set_processor, site_processor
@@ -175,7 +175,7 @@ def _refuse(target: Any, models: dict[str, nn.Module], config: DiffusionConfig) 
             "hf_attn.remove(...) first"
         )
     for model in models.values():
-        sites = site_modules(model, row_of(model))
+        sites = site_modules(model)
         config.check_layer_count(len(sites))
         for path, attention in sites.items():
             if not can_stand_in(type(attention.processor)):
@@ -190,13 +190,13 @@ def _refuse(target: Any, models: dict[str, nn.Module], config: DiffusionConfig) 
 
 
 def _install(model: nn.Module, state: PipelineState, component: str, prefix: str) -> None:
-    row = row_of(model)
+    row = known_row(model)
     numbers: dict[str, torch.Tensor] = {}
-    for path, module in grid_modules(model, row).items():
+    for path, module in grid_modules(model).items():
         numbers[path] = torch.zeros(5, dtype=torch.int64)
         if path:
             module.register_forward_pre_hook(GridHook(state, row, module, numbers[path]), with_kwargs=True)
-    sites = site_modules(model, row)
+    sites = site_modules(model)
     for index, (path, attention) in enumerate(sites.items()):
         options = state.config.for_layer(index, len(sites))
         site = Site(prefix + path, component, index, len(sites), row, options, number=len(state.sites))

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from hf_attn.integrations.diffusers.geometry import row_of, site_modules
+from hf_attn.integrations.diffusers.geometry import site_modules
 from hf_attn.mechanisms.paroattention import LayerShape, PlanTables
 
 # Where a plan lies inside a pipeline's repository; pipelines ignore folders that they do not know.
@@ -106,13 +106,13 @@ def check_plan(plan: Any, models: dict[str, nn.Module]) -> None:
     classes = classes_of(models)
     if plan.config.base_model_class != classes:
         raise ValueError(f"the plan was made for {plan.config.base_model_class}, but this is {classes}")
-    layers = sum(len(site_modules(model, row_of(model))) for model in models.values())
+    layers = sum(len(site_modules(model)) for model in models.values())
     if len(plan.config.layer_shapes) != layers:
         raise ValueError(
             f"the plan has {len(plan.config.layer_shapes)} layers, but {classes} has {layers} here; a plan fits one "
             "size of a model"
         )
-    modules = (module for model in models.values() for module in site_modules(model, row_of(model)).values())
+    modules = (module for model in models.values() for module in site_modules(model).values())
     for number, (module, shape) in enumerate(zip(modules, plan.config.layer_shapes, strict=True)):
         heads = getattr(module, "heads", shape[5])
         if heads != shape[5]:

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_attn.integrations.diffusers.geometry import row_of, site_modules
+from hf_attn.integrations.diffusers.geometry import site_modules
 
 Make = Callable[..., Tensor]
 
@@ -88,7 +88,7 @@ class _AttentionCount(TorchFunctionMode):
         self.all = self.sites = 0.0
         self.tokens = 0
         self._inside = False
-        for module in site_modules(model, row_of(model)).values():
+        for module in site_modules(model).values():
             module.register_forward_pre_hook(lambda *_: self._at(True))
             module.register_forward_hook(lambda *_: self._at(False))
 

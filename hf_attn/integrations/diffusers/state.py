@@ -50,11 +50,13 @@ class Site:
     _at: dict[float | None, DiffusionConfig] = field(default_factory=dict, repr=False)
 
     def options_at(self, density: float | None) -> DiffusionConfig:
-        """The options with another density (of a schedule)."""
-        if density == self.options.density:
-            return self.options
+        """The options, of a site that has some, with another density (of a schedule)."""
+        options = self.options
+        assert options is not None
+        if density == options.density:
+            return options
         if density not in self._at:
-            self._at[density] = replace(self.options, density=density)
+            self._at[density] = replace(options, density=density)
         return self._at[density]
 
 
@@ -159,7 +161,7 @@ class PipelineState:
 
     def note_timestep(self, value: float) -> None:
         """A model without a pipeline is called with this `timestep`; a rise begins a new run."""
-        if self._last_timestep is None or value > self._last_timestep:
+        if self._timestep_step is None or self._last_timestep is None or value > self._last_timestep:
             self._timestep_step = 0
         elif value != self._last_timestep:
             self._timestep_step += 1

@@ -117,7 +117,8 @@ def _step(
     kwargs: dict[str, Any],
 ) -> Tensor | None:
     """The mechanism's `step` `[B, Hq, 1, Dv]`, counted; None where the call must be described in full."""
-    if _WATCHERS or observed() or torch.compiler.is_compiling():
+    step = resolved.mechanism.step
+    if step is None or _WATCHERS or observed() or torch.compiler.is_compiling():
         return None
     if any(kwargs.get(name) is not None for name in ("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k")):
         return None
@@ -125,7 +126,7 @@ def _step(
         return None
     store = cache.open(resolved.config, getattr(module, "layer_idx", None), query.device)
     stats = stats_of(module)
-    out = resolved.mechanism.step(query, key, value, scale, store, resolved.config, stats.record)
+    out = step(query, key, value, scale, store, resolved.config, stats.record)
     if out is not None:
         stats.begin(1, store.slots)
         cache.close()
@@ -157,14 +158,14 @@ def _attend(
 
     `cache`: the cache layer that came with the keys; they are then the new ones alone.
     """
-    module = host.module
+    module, config = host.module, host.resolved.config
     cross = is_cross_attention(module, causal, query.shape[2], key.shape[2])
     reason = CROSS_ATTENTION if cross else dense_reason(module, host.name, host.resolved, tokens, kind, host.window)
     store = None
     if cache is not None and reason is not None:
         key, value = cache.store.dense(key, value)
     elif cache is not None:
-        store = cache.open(host.resolved.config, getattr(module, "layer_idx", None), query.device)
+        store = cache.open(config, getattr(module, "layer_idx", None), query.device)
     recording = not torch.compiler.is_compiling()
     listener: dict[str, Any] = {}
     if recording:
@@ -192,8 +193,8 @@ def _attend(
     if recording:
         for watcher in _WATCHERS:
             watcher(call, host.resolved, reason)
-    if reason is None:
-        out = host.resolved.mechanism(call, host.resolved.config)
+    if reason is None and config is not None:
+        out = host.resolved.mechanism(call, config)
         if cache is not None:
             cache.close()
         return out

@@ -131,6 +131,8 @@ class StoreCache(Cache):
     def __init__(self, config: PreTrainedConfig, options: MechanismConfig, offloading: bool = False) -> None:
         text = config.get_text_config(decoder=True)
         mechanism = get_mechanism(self.mechanism)
+        if mechanism.store is None:
+            raise TypeError(f"{self.mechanism!r} keeps everything in the host's cache and has none of its own")
         layers = DynamicCache(config=text).layers
         count, kv_heads = len(layers), getattr(text, "num_key_value_heads", None)
 

@@ -137,32 +137,33 @@ def index_mask(
     causal = name == _CAUSAL or (
         name == _AND and not allow_is_bidirectional_skip and getattr(config, "is_causal", True) is not False
     )
-    windowed = local_size is not None and not (aligned and kv_length < local_size)
-    packed = name == _AND and causal and attention_mask is None and aligned and q_length == kv_length
+    window = None if aligned and local_size is not None and kv_length < local_size else local_size
     padded = attention_mask is not None and (tracing or not _all_real(attention_mask, kv_offset, kv_length))
-    segments = None
-    if packed:
-        segments = _diagonal_segments(mask_function, batch_size, q_length, device)
-        packed = torch.compiler.is_compiling() or bool((segments[:, -1] > 0).any())
-    if not (padded or windowed or packed) and (aligned or not causal):
+    segments: Tensor | None = None
+    may_pack = causal and attention_mask is None and aligned and q_length == kv_length
+    if may_pack and mask_function is not None and name == _AND:
+        found = _diagonal_segments(mask_function, batch_size, q_length, device)
+        if torch.compiler.is_compiling() or bool((found[:, -1] > 0).any()):
+            segments = found
+    if not padded and window is None and segments is None and (aligned or not causal):
         return None
 
     pos_q = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, q_length)
     pos_k = (torch.arange(kv_length, device=device) + kv_offset).expand(batch_size, kv_length)
-    seg_q = segments if packed else torch.zeros_like(pos_q)
-    seg_k = segments if packed else torch.zeros_like(pos_k)
+    seg_q = torch.zeros_like(pos_q) if segments is None else segments
+    seg_k = torch.zeros_like(pos_k) if segments is None else segments
     if attention_mask is not None:
-        if causal or windowed:
+        if causal or window is not None:
             seg_q = torch.where(_real_at(attention_mask, pos_q), seg_q, -1)
         # Else the padding is about keys alone: in cross-attention the queries are other tokens.
         seg_k = torch.where(_real_at(attention_mask, pos_k), seg_k, -1)
     rows = [torch.cat([seg_q, seg_k], -1)]
-    if causal or windowed:
+    if causal or window is not None:
         rows.append(torch.cat([pos_q, pos_k], -1))
-    if windowed:
-        rows.append(torch.cat([pos_q - local_size + causal, pos_k], -1))
+    if window is not None:
+        rows.append(torch.cat([pos_q - window + causal, pos_k], -1))
         if not causal:
-            rows.append(torch.cat([pos_q + local_size, pos_k], -1))
+            rows.append(torch.cat([pos_q + window, pos_k], -1))
     return torch.stack(rows, 1)[:, None].to(torch.int32)
 
 
@@ -245,9 +246,10 @@ def document_mask(layout: TokenLayout) -> Tensor:
     """A layout of `TokenLayout.documents` as `attention_mask` of a model whose attention is `hf_attn_blockrank`.
 
     int32 `[batch, 3, 1, q_len + k_len]`: segment, position and role of every query, then of every key. transformers
-    hands masks of four dimensions to the attention function as they are.
+    hands masks of four dimensions to the attention function as they are. ValueError for another layout.
     """
-    return torch.cat([layout.index, layout.roles[:, None]], 1)[:, :, None].to(torch.int32)
+    index, roles = layout.known_documents()
+    return torch.cat([index, roles[:, None]], 1)[:, :, None].to(torch.int32)
 
 
 def layout_from_mask(
@@ -265,16 +267,17 @@ def layout_from_mask(
     """
     batch, q_len = query.shape[0], query.shape[2]
     k_len = keys.shape[2] if isinstance(keys, Tensor) else keys
-    kind = mask_kind(attention_mask, q_len, k_len)
-    if kind in ("pattern", "dense"):
-        return TokenLayout(batch, q_len, k_len, dense=_checked_dense(attention_mask, q_len, k_len))
-    if kind == "documents":
-        table = attention_mask[:, :, 0].to(query.device)
-        if table.shape[0] != batch:
-            raise ValueError(f"the document mask has {table.shape[0]} rows, the batch has {batch}")
-        return TokenLayout(batch, q_len, k_len, table[:, :2].contiguous(), roles=table[:, 2].contiguous())
-    layout = TokenLayout.full(batch, q_len, k_len)
-    if attention_mask is not None:
+    if attention_mask is None:
+        layout = TokenLayout.full(batch, q_len, k_len)
+    else:
+        kind = mask_kind(attention_mask, q_len, k_len)
+        if kind in ("pattern", "dense"):
+            return TokenLayout(batch, q_len, k_len, dense=_checked_dense(attention_mask, q_len, k_len))
+        if kind == "documents":
+            table = attention_mask[:, :, 0].to(query.device)
+            if table.shape[0] != batch:
+                raise ValueError(f"the document mask has {table.shape[0]} rows, the batch has {batch}")
+            return TokenLayout(batch, q_len, k_len, table[:, :2].contiguous(), roles=table[:, 2].contiguous())
         layout = _layout_from_compact(attention_mask.to(query.device), batch, q_len, k_len)
     cu_q, cu_k = (kwargs or {}).get("cu_seq_lens_q"), (kwargs or {}).get("cu_seq_lens_k")
     if cu_q is None and cu_k is None:
@@ -321,7 +324,7 @@ def _with_cu_seq_lens(layout: TokenLayout, cu_q: Any, cu_k: Any, device: torch.d
             f"cu_seq_lens_q describes one packed row, got a batch of {layout.batch}; pass input_ids [1, total tokens]"
         )
     packed = TokenLayout.packed(cu_q.to(device), cu_k.to(device), layout.q_len, layout.k_len)
-    if layout.index is None:
+    if layout.index is None or packed.index is None:
         return packed
     segments, positions = packed.index[:, 0], packed.index[:, 1]
     segments = torch.where(layout.index[:, 0] < 0, -1, segments)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
+from hf_attn.models.host import LATER, Filled
 from hf_attn.models.vision.configuration_vision import VisionConfig
 
 _STEMS = ("conv", "patch")
@@ -44,13 +45,13 @@ class BiFormerConfig(VisionConfig):
 
     model_type = "biformer"
 
-    embed_dims: list[int] | None = None
-    depths: list[int] | None = None
-    mlp_ratios: list[int | float] | None = None
+    embed_dims: Filled[list[int]] = LATER
+    depths: Filled[list[int]] = LATER
+    mlp_ratios: Filled[list[int | float]] = LATER
     head_dim: int = 32
     n_win: int = 7
     region_size: int | None = None
-    topks: list[int] | None = None
+    topks: Filled[list[int]] = LATER
     qk_dims: list[int] | None = None
     side_dwconv: int = 5
     before_attn_dwconv: int = 3

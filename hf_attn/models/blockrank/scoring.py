@@ -34,7 +34,7 @@ def captured_scores(
 
     def read(mechanism: Mechanism, call: AttentionCall, config: Any) -> None:
         layer = call.layer.index
-        if mechanism.name != "blockrank" or layer not in layers or id(call.layer.module) not in own:
+        if mechanism.name != "blockrank" or layer is None or layer not in layers or id(call.layer.module) not in own:
             return
         calls.setdefault(layer, call)
         if stop and layer == max(layers):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 
 from hf_attn.checks import require_one_of
+from hf_attn.models.host import LATER, Filled
 from hf_attn.models.vision.configuration_vision import VisionConfig
 
 ACTIVATIONS = ("silu", "gelu", "relu")
@@ -51,15 +52,15 @@ class EMOv2Config(VisionConfig):
 
     model_type = "emov2"
 
-    embed_dims: list[int] | None = None
-    depths: list[int] | None = None
-    expand_ratios: list[int | float] | None = None
-    head_dims: list[int] | None = None
+    embed_dims: Filled[list[int]] = LATER
+    depths: Filled[list[int]] = LATER
+    expand_ratios: Filled[list[int | float]] = LATER
+    head_dims: Filled[list[int]] = LATER
     window_size: int | list[int] = 7
-    norm_types: list[str] | None = None
-    act: list[str] | None = None
-    kernel_sizes: list[int] | None = None
-    expand_ops: list[str] | None = None
+    norm_types: Filled[list[str]] = LATER
+    act: Filled[list[str]] = LATER
+    kernel_sizes: Filled[list[int]] = LATER
+    expand_ops: Filled[list[str]] = LATER
     qkv_bias: bool = True
     layer_scale_init_value: float = 1e-6
 

@@ -151,7 +151,9 @@ class LaMambaDiffTransformer2DModel(ModelMixin, ConfigMixin):
         """
         if cross_attention_kwargs:
             raise ValueError(f"cross_attention_kwargs must be empty, got {sorted(cross_attention_kwargs)}")
-        self._check_inputs(hidden_states, timestep)
+        if timestep is None:
+            raise ValueError("timestep must be given: one for all rows, or [B]")
+        self._check_inputs(hidden_states)
         cond = self._condition(hidden_states, timestep, class_labels)
         x = self.patch_norm(self.patch_proj(hidden_states).permute(0, 2, 3, 1)) + self._positions(hidden_states)
         skips = []
@@ -195,9 +197,7 @@ class LaMambaDiffTransformer2DModel(ModelMixin, ConfigMixin):
             return self.pos_embed
         return resized_positions(self.pos_embed, side)
 
-    def _check_inputs(self, hidden_states: Tensor, timestep: Any) -> None:
-        if timestep is None:
-            raise ValueError("timestep must be given: one for all rows, or [B]")
+    def _check_inputs(self, hidden_states: Tensor) -> None:
         if hidden_states.dim() != 4 or hidden_states.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"hidden_states must be [B, {self.config.in_channels}, N, N] (in_channels={self.config.in_channels}), "

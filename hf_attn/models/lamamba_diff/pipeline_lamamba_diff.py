@@ -49,7 +49,7 @@ class LaMambaDiffPipeline(DiTPipeline):
         guidance_scale: float = 4.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 50,
-        output_type: str | None = "pil",
+        output_type: str = "pil",
         return_dict: bool = True,
         latents: Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:

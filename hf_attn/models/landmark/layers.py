@@ -197,6 +197,7 @@ class LandmarkModel(CardOnPush):
             hidden = _put(hidden, out.last_hidden_state, part.columns(fed), part.real, full.ids.shape[1])
             fed = [done + count for done, count in zip(fed, counts, strict=True)]
         cache.count_slots(ids.shape[1])
+        assert out is not None and hidden is not None  # a prompt is at least one chunk
         out.last_hidden_state = hidden.gather(1, full.source[..., None].expand(-1, -1, hidden.shape[-1]))
         out["cache" if hasattr(out, "cache") else "past_key_values"] = cache
         return out

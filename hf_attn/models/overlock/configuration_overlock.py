@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 
 from hf_attn.checks import require_int, require_one_of
+from hf_attn.models.host import LATER, Filled
 from hf_attn.models.vision.configuration_vision import VisionConfig
 
 # Large kernels for which dilated branches are defined.
@@ -51,15 +52,15 @@ class OverlockConfig(VisionConfig):
 
     model_type = "overlock"
 
-    embed_dims: list[int] | None = None
-    depths: list[int] | None = None
-    sub_depths: list[int] | None = None
-    kernel_sizes: list[int] | None = None
-    mlp_ratios: list[int | float] | None = None
-    sub_mlp_ratios: list[int | float] | None = None
-    sub_num_heads: list[int] | None = None
+    embed_dims: Filled[list[int]] = LATER
+    depths: Filled[list[int]] = LATER
+    sub_depths: Filled[list[int]] = LATER
+    kernel_sizes: Filled[list[int]] = LATER
+    mlp_ratios: Filled[list[int | float]] = LATER
+    sub_mlp_ratios: Filled[list[int | float]] = LATER
+    sub_num_heads: Filled[list[int]] = LATER
     smk_size: int = 5
-    ls_init_values: list[int | float | None] | None = None
+    ls_init_values: Filled[list[int | float | None]] = LATER
     res_scale: bool = True
     projection_dim: int = 1024
     use_aux_head: bool = True

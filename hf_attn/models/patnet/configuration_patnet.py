@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
+from hf_attn.models.host import LATER, Filled
 from hf_attn.models.vision.configuration_vision import VisionConfig
 
 
@@ -36,7 +37,7 @@ class PatNetConfig(VisionConfig):
     model_type = "patnet"
 
     embed_dim: int = 64
-    depths: list[int] | None = None
+    depths: Filled[list[int]] = LATER
     mlp_ratio: int | float = 2.0
     n_div: int = 4
     feature_dim: int = 1280

@@ -183,7 +183,7 @@ class TitansModel(TitansPreTrainedModel):
             store = None if cache is None else cache.layers[index].state
             hidden = layer(hidden, lengths, store, length, frozen)
             seen.append(hidden)
-        if order is not None:
+        if order is not None and lengths is not None:
             shown = torch.arange(order.shape[1], device=order.device) < lengths[:, None]
             seen = [put(h * shown[..., None], order, length) for h in seen]
         hidden = self.norm(seen[-1])

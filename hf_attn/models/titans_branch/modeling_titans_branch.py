@@ -19,7 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3ForCau
 from hf_attn.integrations.transformers.memory_branch import memory_entry
 from hf_attn.models.checkpoint import CardOnPush
 from hf_attn.models.host import HostAttention
-from hf_attn.models.key_convolution import add_key_mask, neighbours
+from hf_attn.models.key_convolution import add_key_mask, given_tokens, neighbours
 from hf_attn.models.titans.modeling_titans import initialise_memory
 from hf_attn.models.titans_branch.configuration_titans_branch import (
     TitansBranchConfig,
@@ -111,7 +111,7 @@ class TitansBranchModel(CardOnPush):
         **kwargs: Any,
     ) -> Any:
         """As the host's; `key_mask` `[B, N]` (1 = real) says where padding is when `attention_mask` is not 2-D."""
-        tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        tokens = given_tokens(input_ids, kwargs)
         mask = attention_mask if key_mask is None else key_mask
         ids = neighbours(tokens.shape[1], mask, position_ids, kwargs.get("cu_seq_lens_q"))
         order = lengths = None

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from hf_attn.checks import did_you_mean
 from hf_attn.models.checkpoint import ThinFileConfig
+from hf_attn.models.host import LATER, Filled
 from hf_attn.nn.decay import STYLES
 
 _GATES = ("linear", "low_rank_sigmoid")
@@ -41,7 +42,7 @@ class TnlConfig(ThinFileConfig, PreTrainedConfig):
     num_hidden_layers: int = 24
     num_attention_heads: int = 8
     scale_embedding: bool = True
-    lrpe_layers: list[int] | None = None
+    lrpe_layers: Filled[list[int]] = LATER
     gate_type: str = "linear"
     gate_dim: int = 16
     v_act: str = "none"

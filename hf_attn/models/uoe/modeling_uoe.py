@@ -36,7 +36,7 @@ from hf_attn.caches.selected import SelectedTokens
 from hf_attn.integrations.transformers.selected import SelectedLayer
 from hf_attn.models.checkpoint import CardOnPush
 from hf_attn.models.host import HostModule
-from hf_attn.models.key_convolution import add_key_mask, neighbours
+from hf_attn.models.key_convolution import add_key_mask, given_tokens, neighbours
 from hf_attn.models.uoe.configuration_uoe import (
     UoeConfig,
     UoeLlamaConfig,
@@ -78,7 +78,7 @@ class UoeAttention(_Gated):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Any = None,
         past_key_values: Any = None,
@@ -226,7 +226,7 @@ class UoeModel(CardOnPush):
         **kwargs: Any,
     ) -> Any:
         """As the host's; `key_mask` `[B, N]` (1 = real) says where padding is when `attention_mask` is not 2-D."""
-        tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        tokens = given_tokens(input_ids, kwargs)
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         past = 0 if cache is None else cache.get_seq_length()
         if self.config.uoe_patch_size > 1 and (cache is not None or kwargs.get("use_cache")):

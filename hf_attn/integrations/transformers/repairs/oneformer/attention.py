@@ -135,7 +135,7 @@ class RoutedMultiheadAttention(Routed, nn.MultiheadAttention):
             self, query, key, value, blocked, dropout_rate=self.dropout, is_causal=is_causal, need_weights=need_weights
         )
         out = self.out_proj(out.permute(1, 0, 2, 3).reshape(length, batch, -1))
-        if not need_weights:
+        if not need_weights or weights is None:
             return out, None
         return out, weights.mean(1) if average_attn_weights else weights
 

@@ -70,8 +70,9 @@ class MendedDecoderLayer(GradientCheckpointingLayer, host.OneFormerTransformerDe
         output_attentions: bool = False,
     ) -> tuple[Tensor, ...]:
         """`[Q, B, width]` -> (the same,) or (the same, self-attention weights, cross-attention weights)."""
-        # A query whose mask is empty looks everywhere.
-        attention_mask = attention_mask & ~attention_mask.all(-1, keepdim=True)
+        if attention_mask is not None:
+            # A query whose mask is empty looks everywhere.
+            attention_mask = attention_mask & ~attention_mask.all(-1, keepdim=True)
         output, cross = self.cross_attn(
             output,
             memory,
@@ -90,14 +91,14 @@ class MendedDecoder(host.OneFormerTransformerDecoder):
 
     def forward(
         self,
-        task_token: Tensor | None = None,
-        multi_stage_features: list[Tensor] | None = None,
-        multi_stage_positional_embeddings: list[Tensor] | None = None,
-        mask_features: Tensor | None = None,
-        query_features: Tensor | None = None,
-        query_embeddings: Tensor | None = None,
-        query_embedder: nn.Embedding | None = None,
-        size_list: list[torch.Size] | None = None,
+        task_token: Tensor,
+        multi_stage_features: list[Tensor],
+        multi_stage_positional_embeddings: list[Tensor],
+        mask_features: Tensor,
+        query_features: Tensor,
+        query_embeddings: Tensor,
+        query_embedder: nn.Embedding,
+        size_list: list[torch.Size],
         output_attentions: bool | None = None,
     ) -> host.OneFormerTransformerDecoderOutput:
         """Predictions before the first and after every layer; the last one is the model's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # to a type checker the mixin is what it is put before
     from transformers import PreTrainedModel as HostModel
 else:
     HostModel = object
+
+Name = TypeVar("Name", bound=str | None)
 
 
 class Mended(HostModel):
@@ -86,7 +88,7 @@ host_forward = host.OneFormerModel.forward
 host_segmentation_forward = host.OneFormerForUniversalSegmentation.forward
 
 
-def backbone_implementation(backbone: type[PreTrainedModel], name: str | None) -> str | None:
+def backbone_implementation(backbone: type[PreTrainedModel], name: Name) -> Name | str:
     """`name`, or what the backbone runs instead: "flex_attention" and "sdpa" are not in every vision model."""
     lacks_flex = name == "flex_attention" and not backbone._supports_flex_attn
     if lacks_flex or (name == "sdpa" and not backbone._supports_sdpa):
@@ -134,7 +136,7 @@ def check_labels(
     if (mask_labels is None) != (class_labels is None):
         missing = "mask_labels" if mask_labels is None else "class_labels"
         raise ValueError(f"the loss needs mask_labels and class_labels together; {missing} is missing")
-    if mask_labels is None:
+    if mask_labels is None or class_labels is None:
         return
     counts = [len(mask) for mask in mask_labels], [len(label) for label in class_labels]
     if counts[0] != counts[1] or len(counts[0]) != batch:
