@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # What the API reference shows beside `hf_attn` itself.
 ROOMS := ops natten pattern call grid mechanism mechanisms caches nn models training analysis
 
-.PHONY: setup demo test test-slow test-oldest test-newest lint docs wheel release-check kernels clean
+.PHONY: setup demo test test-slow test-oldest test-newest test-extras lint docs wheel release-check kernels clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,15 @@ test-newest:
 	.venv-newest/bin/pip install --quiet --upgrade --pre transformers -c constraints.txt
 	.venv-newest/bin/python -m pip list | grep -i -E "^(torch|transformers|peft|accelerate|trl) "
 	.venv-newest/bin/python -m pytest -q -m "not slow and not gpu" tests/integrations
+
+# The wheel in environments of their own: without extras, then with each; what an extra brings must import and work.
+test-extras: setup
+	rm -rf build/wheel && $(BIN)/python -m build --wheel --outdir build/wheel
+	for extra in "" "[bench]" "[image-data]" "[kernels]" "[recipes]" "[dev]"; do \
+		rm -rf build/extra && $(PYTHON) -m venv build/extra && build/extra/bin/pip install --quiet torch -c constraints.txt && \
+		build/extra/bin/pip install --quiet "$$(echo $(CURDIR)/build/wheel/*.whl)$$extra" -c constraints.txt && \
+		build/extra/bin/pip check && (cd build && extra/bin/python $(CURDIR)/tests/extras.py "$$extra") || exit 1; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .
