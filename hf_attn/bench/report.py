@@ -79,27 +79,26 @@ def line_of(row: Row, rows: Sequence[Row]) -> str:
 
 
 def draw(figure_class: Any, title: str, lines: dict[str, list[Row]]) -> Any:
-    """Speed-up and fraction of the limit against length; a line at 1 is dense attention."""
+    """Speed-up and, where there is one, fraction of the limit against length; a line at 1 is dense attention."""
     entries = min(len(lines), 60)
     figure = figure_class(figsize=(11, 4.2 + 0.16 * math.ceil(entries / 3)), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    limited = any(row["limit"] is not None for rows in lines.values() for row in rows)
+    panels = figure.subplots(1, 2 if limited else 1, squeeze=False)[0]
     for name, rows in lines.items():
         at = [float(row["length"]) for row in rows]
-        left.plot(at, [row["speedup"] for row in rows], marker="o", markersize=3, label=name)
-        bounded = [(float(row["length"]), row["limit"]) for row in rows if row["limit"] is not None]
-        if bounded:
-            right.plot(*zip(*bounded, strict=True), marker="o", markersize=3)
-        else:
-            right.plot([], [])  # keeps the colours of both sides the same
-    left.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    right.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    for panel, what in ((left, "speed-up over the best dense attention"), (right, "speed-up x density")):
+        panels[0].plot(at, [row["speedup"] for row in rows], marker="o", markersize=3, label=name)
+        if limited:
+            # A line without a limit is drawn without points: the colours of both sides stay the same.
+            bounded = [(float(row["length"]), row["limit"]) for row in rows if row["limit"] is not None]
+            panels[1].plot(*(zip(*bounded, strict=True) if bounded else ([], [])), marker="o", markersize=3)
+    for panel, what in zip(panels, ("speed-up over the best dense attention", "speed-up x density"), strict=False):
+        panel.axhline(1, color="black", linewidth=0.8, linestyle="--")
         panel.set_xscale("log", base=2)
         panel.set_xlabel("tokens")
         panel.set_ylabel(what)
         panel.grid(True, which="both", linewidth=0.3)
-    left.set_yscale("log", base=2)
-    figure.legend(*_first(left, entries), loc="outside lower center", ncols=3, fontsize=7)
+    panels[0].set_yscale("log", base=2)
+    figure.legend(*_first(panels[0], entries), loc="outside lower center", ncols=3, fontsize=7)
     figure.suptitle(title, fontsize=9)
     return figure
 

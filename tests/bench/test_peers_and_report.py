@@ -135,6 +135,19 @@ def test_the_page_opens_and_holds_its_plots(tmp_path):
     assert (tmp_path / "out" / "page-1.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("limits", [(None,), (None, None), (None, 0.5)])
+def test_cases_without_a_limit_have_a_plot_too(tmp_path, limits):
+    """Linear attention skips nothing: its rows have no density to draw."""
+    pytest.importorskip("matplotlib")
+    store = Store(tmp_path / "rows.csv")
+    for number, (row, limit) in enumerate(zip(rows_of(1.5, 2.0), limits, strict=False)):
+        store.add(row | {"name": f"case {number}", "limit": limit, "density": None if limit is None else 0.25})
+    result = run("report", store.path, "--output", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    labels = (tmp_path / "page.html").read_text().count("speed-up x density")
+    assert labels == (1 if 0.5 in limits else 0)
+
+
 def test_crossover_lengths():
     assert crossover(rows_of(0.5, 2.0, 4.0)) == pytest.approx(1024 * math.sqrt(2))
     assert crossover(rows_of(0.5, 0.8)) is None
