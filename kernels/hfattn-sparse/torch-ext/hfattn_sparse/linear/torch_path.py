@@ -166,7 +166,7 @@ class _Buffers:
     """
 
     def __init__(self, like: Tensor) -> None:
-        self._like = like
+        self._like, self._dtype = like, like.dtype
         kept = _KEPT.__dict__ if like.device.type == "cpu" else {}
         self._flat: dict[str, Tensor]
         self._views: dict[tuple, Tensor]
@@ -194,17 +194,19 @@ class _Buffers:
 
     def target(self, name: str, tensor: Tensor, strip: _Strip) -> Tensor:
         """Where a strip of `tensor` `[rows, N, dim]` is computed, `[rows * blocks, m, dim]`: in place if it can be."""
-        part = tensor[strip.rows, strip.tokens]
+        return self._target(name, tensor[strip.rows, strip.tokens], strip)
+
+    def _target(self, name: str, part: Tensor, strip: _Strip) -> Tensor:
         rows, length, dim = part.shape
         shape = rows * strip.blocks, length // strip.blocks, dim
-        if part.dtype == self._like.dtype and part.is_contiguous():
+        if part.dtype == self._dtype and part.is_contiguous():
             return part.view(shape)
         return self(name, *shape)
 
     def read(self, name: str, tensor: Tensor, strip: _Strip) -> Tensor:
         """A strip of `tensor` in the dtype of the computation; a view if it can be."""
-        part = self.target(name, tensor, strip)
         source = tensor[strip.rows, strip.tokens]
+        part = self._target(name, source, strip)
         if part.data_ptr() != source.data_ptr():
             part.view(source.shape).copy_(source)
         return part
@@ -311,6 +313,8 @@ def _carry(into: Tensor, outer: Tensor, carry: Tensor, start: Tensor, added: Ten
 
 def _times(tensor: Tensor, decay: Tensor, into: Tensor) -> Tensor:
     """`tensor` `[rows * blocks, m, ..]` times a decay `[rows, blocks or 1, m, ..]`, into `into`."""
+    if decay.shape[0] == 1:
+        return torch.mul(tensor, decay[0], out=into)
     shape = decay.shape[0], -1, *tensor.shape[1:]
     torch.mul(tensor.view(shape), decay, out=into.view(shape))
     return into
