@@ -107,7 +107,7 @@ def test_judge_and_distances():
 @pytest.mark.slow
 @pytest.mark.parametrize("mixers, steps", [("both", 1000), ("scan", 500), ("attention", 500)])
 def test_latents_of_four_classes(mixers, steps):
-    """Item 9 of the specification: the loss falls below 40 %, and guided samples are nearest to the mean of their class.
+    """Item 9 of the specification: the loss falls below 40 %, and guided samples are nearest to their class's mean.
 
     Classes are colours: one of four says log 4 = 1.4 nats of 1024 values, 2e-4 of the loss, which patterns of single
     pixels do not bring through the gradient within minutes. Samples are drawn with DDPM, whose noise undoes small
