@@ -59,6 +59,20 @@ def growth(heads: int, dim: int, short: int = 2048, long: int = 32768, repeats: 
     return statistics.median(times[long][1:]) / statistics.median(times[short][1:])
 
 
+def masked_form(length: int, heads: int, dim: int, repeats: int = 3) -> float:
+    """Time of ((q k^T) * D) v with its matrix of decays at hand, over that of the op; forward."""
+    slopes = base_slopes(heads)
+    query, key, value = (torch.randn(1, heads, length, dim) for _ in range(3))
+    place = torch.arange(length)
+    decays = (-slopes[:, None, None] * (place[:, None] - place)).exp_().tril_()
+    ratios = []
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            whole = _seconds(lambda: (query @ key.mT * decays) @ value)
+            ratios.append(whole / _seconds(lambda: ops.linear_attention(query, key, value, slopes)))
+    return statistics.median(ratios[1:])
+
+
 def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
@@ -75,14 +89,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print("| heads | SDPA ms | linear ms | forward | SDPA fwd+bwd ms | linear ms | fwd+bwd | 32k / 2k |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["heads", "SDPA ms", "linear ms", "forward", "SDPA fwd+bwd ms", "linear ms", "fwd+bwd"]
+    columns += ["32k / 2k", "16k / 4k", "masked form"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for heads in arguments.heads:
         row = measure(arguments.length, heads, arguments.dim, arguments.block, arguments.repeats)
         print(
             f"| {heads} | {row['dense']:.1f} | {row['linear']:.2f} | {row['forward']:.2f}x | "
             f"{row['dense_backward']:.1f} | {row['linear_backward']:.2f} | {row['backward']:.2f}x | "
-            f"{growth(heads, arguments.dim):.1f} |"
+            f"{growth(heads, arguments.dim):.1f} | {growth(heads, arguments.dim, 4096, 16384):.2f} | "
+            f"{masked_form(arguments.length, heads, arguments.dim):.0f}x |"
         )
 
 

@@ -153,11 +153,13 @@ def _check_slopes(slopes: Tensor, query: Tensor) -> Tensor:
             f"{slopes.dtype} {tuple(slopes.shape)}"
         )
     slopes = slopes.detach().to(query.device)
-    if _may_look(slopes) and slopes.numel() and not bool(((slopes >= 0) & slopes.isfinite()).all()):
-        raise ValueError(
-            f"slopes are log-decays and must be finite and >= 0 (the state is multiplied by exp(-slope)), got a lowest "
-            f"of {float(slopes.min())}"
-        )
+    if _may_look(slopes) and slopes.numel():
+        lowest, highest = map(float, slopes.aminmax())
+        if not (lowest >= 0 and highest < float("inf")):
+            raise ValueError(
+                f"slopes are log-decays and must be finite and >= 0 (the state is multiplied by exp(-slope)), got "
+                f"values from {lowest} to {highest}"
+            )
     return slopes
 
 

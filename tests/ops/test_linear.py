@@ -263,3 +263,22 @@ class OnGpu:
 
     def transpose(self, *dims):
         return self.tensor.transpose(*dims)
+
+
+def test_kept_decays_are_those_of_the_slopes():
+    """Decays and buffers outlive a call: slopes that change in place, other dtypes and block sizes, many heads."""
+    for number in range(3):
+        for dtype in (torch.float32, torch.float64):
+            *tensors, slopes = _inputs(1, 70, 40, 4, 6, dtype, seed=number)
+            for block, factor in ((16, 1.0), (16, 3.0), (8, 1.0)):
+                slopes.mul_(factor)
+                with torch.inference_mode(number == 1):
+                    got = ops.linear_attention(
+                        *tensors[:3], slopes, initial_state=tensors[3], return_state=True, block_size=block
+                    )
+                want = reference.forward(*(t.double() for t in tensors[:3]), slopes, tensors[3].double(), 1.0)
+                for one, other in zip(got, want, strict=True):
+                    torch.testing.assert_close(
+                        one.double(), other, rtol=0, atol=1e-9 if dtype is torch.float64 else 1e-4
+                    )
+    assert len(torch_path._KEPT.__dict__[f"decays of {torch.float32}"]) <= torch_path._KEPT_DECAYS

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_attn import ops
+from hf_attn.ops.hfattn_sparse.neural_memory import torch_path
 from hf_attn.ops.hfattn_sparse.neural_memory.network import inner_gradient, read
 from tests.budget import assert_as_good_as_eager
 
@@ -220,3 +221,32 @@ def test_bad_input_is_named(change, word, monkeypatch):
     given = dict(zip(NAMES, tokens, strict=True)) | {"weights": weights, "chunk_size": 4} | change
     with pytest.raises(ValueError, match=word):
         ops.neural_memory(**given)
+
+
+def test_a_memory_that_forgets_ends_in_zeros(monkeypatch):
+    """Forgetting for long leaves no subnormal numbers, in the states or in the factors of the gates: they are slow."""
+    tokens, weights, momentum = _inputs(1, 2, 200, 4, 2, 8, seed=1)
+    tokens[3] *= 1e-3
+    tokens[4].fill_(0.4)
+    tokens[5].fill_(0.5)
+    oracle = _everything(tokens, weights, momentum, monkeypatch, "reference", chunk_size=100)
+    got = _everything(tokens, weights, momentum, monkeypatch, "torch", chunk_size=100)
+    for one, other in zip(got, oracle, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for state in got[1:7]:
+        assert ((state == 0) | (state.abs() > torch.finfo(state.dtype).tiny)).all()
+    factors = torch_path._coefficients(*(g[0] for g in tokens[3:]), None, [100] * 2)
+    for factor in (t for piece in factors for t in piece):
+        assert ((factor == 0) | (factor.abs() > torch.finfo(factor.dtype).tiny)).all()
+
+
+def test_states_of_exactly_zero_have_gradients(monkeypatch):
+    """Momentum 0 and steps of 0: nothing is added, and what more of a step would add is known."""
+    tokens, weights, momentum = _inputs(1, 2, 9, 4, 1, 4, dtype=torch.float64)
+    tokens[3].zero_()
+    momentum = [torch.zeros_like(m) for m in momentum]
+    oracle = _everything(tokens, weights, momentum, monkeypatch, "reference", chunk_size=3)
+    got = _everything(tokens, weights, momentum, monkeypatch, "torch", chunk_size=3)
+    assert (oracle[7] != 0).any()  # of theta
+    for one, other in zip(got, oracle, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)

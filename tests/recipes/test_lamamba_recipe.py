@@ -11,7 +11,7 @@ import yaml
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from hf_attn import LaMambaDiffPipeline
+from hf_attn import LaMambaDiffPipeline, LaMambaDiffTransformer2DModel
 from hf_attn.training import denoising, digits
 from tests.models.test_lamamba_diff import tiny
 from tests.recipes.test_moba_recipes import RECIPES, smoke
@@ -105,33 +105,44 @@ def test_judge_and_distances():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixers", ["both", "scan", "attention"])
-def test_latents_of_four_classes(mixers):
-    """Item 9 of the specification, its losses; what its samples reach is in docs/lamamba_diff.md."""
-    generator = torch.Generator().manual_seed(0)
-    means = torch.nn.functional.interpolate(torch.rand(4, 4, 4, 4, generator=generator) * 1.6 - 0.8, scale_factor=4)
+@pytest.mark.parametrize("mixers, steps", [("both", 1000), ("scan", 500), ("attention", 500)])
+def test_latents_of_four_classes(mixers, steps):
+    """Item 9 of the specification: the loss falls below 40 %, and guided samples are nearest to their class's mean.
+
+    Classes are colours: one of four says log 4 = 1.4 nats of 1024 values, 2e-4 of the loss, which patterns of single
+    pixels do not bring through the gradient within minutes. Samples are drawn with DDPM, whose noise undoes small
+    errors; DDIM keeps them.
+    """
+    signs = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
+    means = 0.5 * signs[:, :, None, None].expand(4, 4, 16, 16)
     labels = torch.arange(256) % 4
-    latents = means[labels] + 0.1 * torch.randn(256, 4, 16, 16, generator=generator)
-    model = tiny(
+    latents = means[labels] + 0.1 * torch.randn(256, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = LaMambaDiffTransformer2DModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=8,
+        out_channels=4,
         num_classes=4,
+        base_channels=8,
+        num_heads=2,
+        window_size=4,
         depths=[1, 1, 0, 0],
         bottleneck_depth=0,
         ssm_state_size=1,
         mixers=mixers,
     )
-    scheduler = DDPMScheduler(variance_type="learned_range")
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     losses = denoising.train_denoiser(
-        model, scheduler, latents, labels, steps=500, batch_size=16, learning_rate=3e-3, warmup=20, ema=0.98
+        model, scheduler, latents, labels, steps=steps, batch_size=16, learning_rate=3e-3, warmup=20, ema=0.98
     )
-    noise_only = []
-    with torch.no_grad():
-        for seed in range(4):
-            torch.manual_seed(seed)
-            noise, times = torch.randn(64, 4, 16, 16), torch.randint(1000, (64,))
-            predicted = model(scheduler.add_noise(latents[:64], noise, times), times, labels[:64]).sample[:, :4]
-            noise_only.append(float((predicted - noise).square().mean()))
-    assert sum(noise_only) / 4 < 0.4  # the error of predicting zero is 1
-    assert sum(losses[-20:]) < 0.4 * sum(losses[:20])
+    assert sum(losses[-20:]) < 0.4 * sum(losses[:20]) and sum(losses[-20:]) < 0.4 * 20  # predicting zero costs 1
+    pipe = LaMambaDiffPipeline(transformer=model, vae=None, scheduler=scheduler)
+    asked = labels[:32]
+    drawn = pipe(
+        asked.tolist(),
+        guidance_scale=4.0,
+        num_inference_steps=25,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    nearest = (drawn[:, None] - means).square().flatten(2).sum(2).argmin(1)
+    assert (nearest == asked).float().mean() >= 0.8

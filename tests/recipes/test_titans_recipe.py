@@ -143,3 +143,32 @@ def test_example(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "1280 tokens read" not in done.stdout and "resumed after 1280 tokens" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth, steps, least", [(1, 100, 0.6), (2, 200, 0.15)])
+def test_memories_of_one_and_two_matrices_train(depth, steps, least):
+    """Item 12 of the specification: no NaN, and what is recalled comes from the memory (chance is 1 in 16)."""
+    options = yaml.safe_load((RECIPES / "titans_needle/config.yaml").read_text())
+    task = RecallRows(**options["task"] | {"pairs": 2})
+    torch.manual_seed(0)
+    config = TitansConfig(vocab_size=task.vocabulary, **options["model"] | {"memory_depth": depth})
+    model = TitansForCausalLM(config)
+    open_gates(model, **options["gates"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20)
+        ids, labels = task.rows(32, 14 + step % 11, generator)
+        loss = model(ids, labels=labels).loss
+        assert loss.isfinite()
+        optimizer.zero_grad()
+        loss.backward()
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite()
+        optimizer.step()
+    ids, labels = task.rows(256, 24, torch.Generator().manual_seed(5))
+    model.eval()
+    with torch.no_grad():
+        assert recall_accuracy(model, ids, labels) > least
+        with silenced_memory(model):
+            assert recall_accuracy(model, ids, labels) < 0.12

@@ -8,6 +8,7 @@ plain differentiable torch: autograd gives the second-order terms of the outer g
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ def _coefficients(
         count = len(list(group))
         stop = start + count * size
         gates = (None if g is None else g[:, start:stop].unflatten(1, (count, size)) for g in (theta, eta, alpha, mask))
-        found += [Coefficients(*piece) for piece in zip(*(c.unbind(1) for c in coefficients(*gates)), strict=True)]
+        pieces = (_normal(c).unbind(1) for c in coefficients(*gates))
+        found += [Coefficients(*piece) for piece in zip(*pieces, strict=True)]
         start = stop
     return found
 
@@ -115,9 +117,9 @@ def _read(x: Tensor, c: Coefficients, weights: Weights, momentum: Weights, input
     """M_{W_t}(x_t) for every token of a chunk."""
     last = len(weights) - 1
     for layer, (w, s, a, d) in enumerate(zip(weights, momentum, inputs, deltas, strict=True)):
-        near = torch.bmm(x, a.mT) * c.G
+        near = _normal(torch.bmm(x, a.mT) * c.G)
         x = torch.baddbmm(torch.baddbmm(torch.bmm(c.beta[..., None] * x, w), c.f[..., None] * x, s), near, d, alpha=-1)
-        x = x if layer == last else gelu(x)
+        x = x if layer == last else _normal(gelu(x))
     return x
 
 
@@ -135,7 +137,27 @@ def _behind(
     return [_normal(w) for w in new_weights], [_normal(s) for s in new_momentum]
 
 
-def _normal(state: Tensor) -> Tensor:
-    """Entries below the root of the smallest normal number as 0: a memory that forgets for long ends in subnormal
-    numbers, whose products take many times longer."""
-    return hardshrink(state, torch.finfo(state.dtype).tiny ** 0.5)
+class _Normal(torch.autograd.Function):
+    """Entries below 64 roots of the smallest normal number (7e-18 in fp32) as 0; the gradient of the identity.
+
+    Products of gates, and a memory that forgets for long, end in subnormal numbers, which are many times slower. With
+    this bound products of two entries stay normal, with room for a third factor near 1. The gradient passes where an
+    entry is 0: gates and states of exactly 0 have one.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return hardshrink(tensor, 64 * torch.finfo(tensor.dtype).tiny ** 0.5)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+_normal = _Normal.apply
