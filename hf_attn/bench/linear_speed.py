@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_attn import ops
+from hf_attn.bench.figures import Row, show
+from hf_attn.bench.timing import Timing
 from hf_attn.nn.decay import base_slopes
+
+FIGURES = ("forward", "forward and backward", "growth")
 
 
 def measure(length: int, heads: int, dim: int, block: int, repeats: int) -> dict[str, float]:
@@ -36,6 +40,7 @@ def measure(length: int, heads: int, dim: int, block: int, repeats: int) -> dict
             row = [_seconds(lambda: dense(query, key, value)), _seconds(lambda: linear(query, key, value))]
         rounds.append([*row, _seconds(training(dense)), _seconds(training(linear))])
     rounds = rounds[1:]  # the first one warms up
+    spreads = [Timing(tuple(r[column] for r in rounds)).spread for column in (0, 2)]
     result = {
         name: 1e3 * statistics.median(column)
         for name, column in zip(
@@ -44,6 +49,7 @@ def measure(length: int, heads: int, dim: int, block: int, repeats: int) -> dict
     }
     result["forward"] = statistics.median(r[0] / r[1] for r in rounds)
     result["backward"] = statistics.median(r[2] / r[3] for r in rounds)
+    result["spread"] = max(spreads)
     return result
 
 
@@ -65,7 +71,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--heads", type=int, nargs="+", default=[1, 4])
@@ -73,17 +79,22 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     print("| heads | SDPA ms | linear ms | forward | SDPA fwd+bwd ms | linear ms | fwd+bwd | 32k / 2k |")
     print("|---|---|---|---|---|---|---|---|")
+    rows = []
     for heads in arguments.heads:
         row = measure(arguments.length, heads, arguments.dim, arguments.block, arguments.repeats)
-        print(
+        growing = growth(heads, arguments.dim)
+        line = (
             f"| {heads} | {row['dense']:.1f} | {row['linear']:.2f} | {row['forward']:.2f}x | "
             f"{row['dense_backward']:.1f} | {row['linear_backward']:.2f} | {row['backward']:.2f}x | "
-            f"{growth(heads, arguments.dim):.1f} |"
+            f"{growing:.1f} |"
         )
+        figures = {"forward": row["forward"], "forward and backward": row["backward"], "growth": growing}
+        rows.append(show(Row(f"{heads} heads", line, figures, row["spread"])))
+    return rows
 
 
 if __name__ == "__main__":
