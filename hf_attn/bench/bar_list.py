@@ -47,6 +47,9 @@ class Bar:
         return int(words[words.index("--threads") + 1]) if "--threads" in words else 1
 
 
+_ROWS = "1/8 of the blocks a row, per head"
+
+
 @dataclass(frozen=True)
 class Command:
     """A command of several bars."""
@@ -59,8 +62,8 @@ class Command:
         return Bar(name, what, self.line, case, figure, bound, most, self.seconds, self.needs)
 
 
-_SPARSE = Command("block_sparse_speed --dtype fp32 --repeats 7", 75)
-_SPARSE_TRAINING = Command(f"{_SPARSE.line} --backward", 300)
+_SPARSE = Command(f'block_sparse_speed --dtype fp32 --repeats 7 --pattern "{_ROWS}"', 25)
+_SPARSE_TRAINING = Command(f"{_SPARSE.line} --backward", 50)
 _ROUTED = Command("routed_speed --repeats 7 --lengths 16384 32768", 70)
 _LINEAR = Command("linear_speed", 25)
 _LAYER = Command('decode_layer --lengths 32768 65536 --variants "per query head" group_max', 25)
@@ -70,17 +73,17 @@ _PSA = Command("psa_speed --density 0.25 0.2 0.125 --dtype fp32 bf16", 45)
 _VIDEO = Command(
     'video_speed --attention --heads 4 --head-dim 64 --mechanism vmoba "vmoba scope=head_global" --repeats 7', 60
 )
-_WAN = Command('video_speed --mechanism psa vmoba "vmoba scope=head_global" --repeats 7', 510)
-_SMALL = Command(f"{_WAN.line} --model small", 120)
-_DEFAULT = Command("video_speed --mechanism psa vmoba paroattention --default --repeats 7", 290)
+_WAN = Command('video_speed --mechanism psa vmoba "vmoba scope=head_global" --repeats 7', 190)
+_SMALL = Command(f"{_WAN.line} --model small", 45)
+_DEFAULT = Command("video_speed --mechanism psa vmoba paroattention --default --repeats 7", 120)
 _PARO = Command("paro_speed attention --repeats 7", 25)
 _PARO_WAN = Command("paro_speed model --heads 4 --dim 128 --ffn 3072 --density 0.2 0.125 --repeats 7", 90)
 _PARO_SMALL = Command("paro_speed model --heads 2 --dim 64 --ffn 512 --density 0.2 0.125 --repeats 7", 35)
 _PARO_INT8 = Command("paro_speed quantized --density 0.25 --repeats 7", 20)
 _MOH = Command("head_routed_speed --lengths 2048 4096 --top-k 4 3", 15)
 _CORE = Command("blockrank_speed core --documents 20 50 100", 20)
-_RANK = Command("blockrank_speed rank --repeats 7", 260)
-_RANK_500 = Command("blockrank_speed scaling --repeats 7", 420)
+_RANK = Command("blockrank_speed rank --repeats 7 --threads 2", 140)
+_RANK_500 = Command("blockrank_speed scaling --repeats 7 --threads 2", 220)
 _LANDMARK = Command("landmark_decode --lengths 16384 32768", 10)
 _UOE = Command("selective_speed --lengths 4096", 15)
 _MEMORY = Command("memory_speed --repeats 7", 25)
@@ -172,11 +175,10 @@ def _gpu() -> list[Bar]:
     return bars
 
 
-_ROWS = "fp32 1/8 of the blocks a row, per head"
 _IMAGE, _FRAMES = "56x56 K=7x7", "16x32x32 K=5x7x7"
 BARS = (
-    _SPARSE.bar("block-sparse", "share of the limit, 8 blocks a row of 64, fp32", _ROWS, "limit", 0.6),
-    _SPARSE_TRAINING.bar("block-sparse-training", "the same, forward and backward", _ROWS, "limit", 0.6),
+    _SPARSE.bar("block-sparse", "share of the limit, 8 blocks a row of 64, fp32", f"fp32 {_ROWS}", "limit", 0.6),
+    _SPARSE_TRAINING.bar("block-sparse-training", "the same, forward and backward", f"fp32 {_ROWS}", "limit", 0.6),
     _ROUTED.bar("moba-16k", "dense, routing included, 16384", "16384", "speed-up", 1.8),
     _ROUTED.bar("moba-32k", "dense, routing included, 32768", "32768", "speed-up", 3),
     *(_LINEAR.bar(f"linear-{h}{tail}", f"dense, 4096, {h} head(s), {kind}", f"{h} heads", kind, 6)
@@ -208,8 +210,8 @@ BARS = (
     _MOH.bar("moh-6-2048", "dense, 6 of 9 heads, 2048", "2048 6/9", "speed-up", 1.25),
     *(_CORE.bar(f"blockrank-{n}", f"dense, {n} documents", str(n), "speed-up", b)
       for n, b in ((20, 2.5), (50, 4.5), (100, 7))),
-    _RANK.bar("blockrank-rank", "a dense forward, 100 documents", "100", "speed-up", 2),
-    _RANK_500.bar("blockrank-500", "time of 500 documents over 100", "500 over 100", "growth", 5.5, most=True),
+    _RANK.bar("blockrank-rank", "a dense forward, 100 documents, 2 threads", "100", "speed-up", 2),
+    _RANK_500.bar("blockrank-500", "time of 500 documents over 100, 2 threads", "500 over 100", "growth", 5.5, most=True),
     _LANDMARK.bar("landmark-16k", "dense over the whole cache, 16384", "16384", "speed-up", 4),
     _LANDMARK.bar("landmark-32k", "the same, 32768", "32768", "speed-up", 8),
     _UOE.bar("uoe-2", "dense, 2 of 3 experts, 4096", "4096 2 of 3", "speed-up", 1.6),

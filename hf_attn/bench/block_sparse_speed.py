@@ -131,7 +131,7 @@ def dense_functions(inputs: list[Tensor], grad: Tensor, backward: bool) -> dict:
     return {"grouped": lambda: run(inputs, enable_gqa=True), "expanded": lambda: run(wide)}
 
 
-def measure(dtype: str, length: int, backward: bool, repeats: int) -> Iterator[Row]:
+def measure(dtype: str, length: int, backward: bool, repeats: int, start: str = "") -> Iterator[Row]:
     """A row for every pattern."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, heads, length, DIM) for heads in (Q_HEADS, KV_HEADS, KV_HEADS, Q_HEADS)]
@@ -143,7 +143,7 @@ def measure(dtype: str, length: int, backward: bool, repeats: int) -> Iterator[R
         if backward:
             torch_path.backward(grad, None, *inputs, indices, out, lse, **options)
 
-    for case in cases(length, generator):
+    for case in (c for c in cases(length, generator) if c.name.startswith(start)):
         share = density(case.indices, length)
         if not check(case, inputs, grad, options):
             line = f"{dtype:5} {case.name:36}{share:10.3f}   check FAILED: no speed shown"
@@ -170,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--pattern", default="", help="only patterns whose name begins so")
     parser.add_argument("--backward", action="store_true", help="time forward + backward instead of forward")
     args = parser.parse_args(argv)
     if args.length < BLOCK or args.repeats < 1 or args.threads < 1:
@@ -182,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     print(f"torch {torch.__version__}, {args.threads} thread(s); limit = speed-up x density; times in ms")
     names = "".join(f"{name:>10}" for name in ("density", "dense", "sparse", "spread", "speed-up", "limit"))
     print(f"{'dtype':5} {'pattern':36}{names}")
-    return [show(row) for dtype in args.dtype for row in measure(dtype, args.length, args.backward, args.repeats)]
+    sizes = (args.length, args.backward, args.repeats, args.pattern)
+    return [show(row) for dtype in args.dtype for row in measure(dtype, *sizes)]
 
 
 if __name__ == "__main__":

@@ -131,41 +131,25 @@ def quantized(args: argparse.Namespace) -> Iterator[Row]:
         yield Row(f"quantized {density}", line, dict(zip(("over fp32", "over bf16"), ratios, strict=True)), spread)
 
 
-def wan(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A Wan transformer of two layers and its arguments, 8192 tokens."""
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    frames, height, width = GRIDS[args.length]
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=args.heads, attention_head_dim=args.dim, in_channels=16,
-        out_channels=16, text_dim=64, freq_dim=64, ffn_dim=args.ffn, num_layers=2,
-    ).eval()  # fmt: skip
-    inputs = {
-        "hidden_states": torch.randn(1, 16, frames, 2 * height, 2 * width),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 64, 64),
-    }
-    return model, inputs
-
-
 def model(args: argparse.Namespace) -> Iterator[Row]:
     """A whole transformer call. share: of the stock call that is self-attention, measured in the same rounds."""
-    stock, inputs = wan(args)
+    from hf_attn.bench.video_speed import inputs, random_wan  # imports diffusers, which the other tasks do not need
+
+    sizes = (args.heads, args.dim, args.ffn, 2)
+    stock, tensors = random_wan(*sizes), inputs(GRIDS[args.length])
     grid = TokenGrid(*GRIDS[args.length])
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     fast = {}
     for density in args.density:
-        twin, _ = wan(args)
-        twin.load_state_dict(stock.state_dict())
+        twin = random_wan(*sizes)
         plan = random_plan(grid, 2, args.heads, args.block, density)
         hf_attn.apply(twin, "paroattention", plan=plan, min_tokens=0, dense_steps=0, strict=True)
         fast[density] = twin
     with hf_attn.mechanism.observe(lambda m, call, config: calls.append((call.query, call.key, call.value))):
-        next(iter(fast.values()))(**inputs)
-    functions: dict[str, Any] = {"stock": partial(stock, **inputs)}
-    functions["attention"] = lambda: [scaled_dot_product_attention(*tensors) for tensors in calls[:2]]
-    functions |= {str(density): partial(twin, **inputs) for density, twin in fast.items()}
+        next(iter(fast.values()))(*tensors)
+    functions: dict[str, Any] = {"stock": partial(stock, *tensors)}
+    functions["attention"] = lambda: [scaled_dot_product_attention(*call) for call in calls[:2]]
+    functions |= {str(density): partial(twin, *tensors) for density, twin in fast.items()}
     times = interleaved(functions, repeats=args.repeats)
     share = 1 / paired_ratio(times["stock"], times["attention"])
     print(f"stock {times['stock'].median * 1e3:.0f} ms, attention {share:.1%} of it")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -57,11 +58,15 @@ NOTHING = Mechanism(
 
 def wan(name: str) -> WanTransformer3DModel:
     """A Wan transformer with random weights."""
-    heads, dim, width = MODELS[name]
+    return random_wan(*MODELS[name], LAYERS)
+
+
+def random_wan(heads: int, dim: int, width: int, layers: int) -> WanTransformer3DModel:
+    """A Wan transformer of any size, `width` that of its feed-forward, always with the same random weights."""
     torch.manual_seed(0)
     return WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=dim, in_channels=16, out_channels=16,
-        text_dim=64, freq_dim=64, ffn_dim=width, num_layers=LAYERS,
+        text_dim=64, freq_dim=64, ffn_dim=width, num_layers=layers,
     ).eval()  # fmt: skip
 
 
@@ -84,22 +89,26 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
     return name, parse_options([f"{name}.{option}" for option in options]).get(name, {})
 
 
-def measure_model(args: argparse.Namespace, density: float | None) -> Iterator[Row]:
-    """A line for every mechanism."""
+def measure_model(args: argparse.Namespace) -> Iterator[Row]:
+    """A line for every density and mechanism, all of them and the stock model in the same rounds."""
     stock, call = wan(args.model), inputs(GRIDS[args.length])
     rest = with_mechanism(stock, "nothing", SPARSE)
-    for text in args.mechanism:
-        name, options = split(text)
-        sparse = with_mechanism(stock, name, _options(args, density) | options)
-        models = {"stock": stock, "sparse": sparse, "rest": rest}
-        times = interleaved({key: partial(model, *call) for key, model in models.items()}, repeats=args.repeats)
-        found = hf_attn.stats(sparse)["totals"]
-        share = 1 - paired_ratio(times["rest"], times["stock"])
+    sparse = {}
+    for density in _densities(args):
+        for text in args.mechanism:
+            name, options = split(text)
+            sparse[text, density] = with_mechanism(stock, name, _options(args, density) | options)
+    models: dict[Any, WanTransformer3DModel] = {"stock": stock, "rest": rest, **sparse}
+    times = interleaved({key: partial(model, *call) for key, model in models.items()}, repeats=args.repeats)
+    share = 1 - paired_ratio(times["rest"], times["stock"])
+    for (text, density), model in sparse.items():
+        found = hf_attn.stats(model)["totals"]
         realised = 1.0 if found["density"] is None else found["density"]
-        yield _row(f"{text} {density or 'default'}", text, density, realised, times, share)
+        pair = {"stock": times["stock"], "sparse": times[text, density]}
+        yield _row(f"{text} {density or 'default'}", text, density, realised, pair, share)
 
 
-def measure_attention(args: argparse.Namespace, density: float | None) -> Iterator[Row]:
+def measure_attention(args: argparse.Namespace) -> Iterator[Row]:
     """A line for every mechanism and layer: attention is all there is."""
     heads, dim, _ = MODELS[args.model]
     dim = args.head_dim or dim
@@ -109,7 +118,7 @@ def measure_attention(args: argparse.Namespace, density: float | None) -> Iterat
         torch.randn(1, args.length, args.heads or heads, dim, generator=generator).transpose(1, 2) for _ in range(3)
     )
     tokens = TokenLayout(1, args.length, args.length, grid=TokenGrid(*GRIDS[args.length]))
-    for text in args.mechanism:
+    for density, text in itertools.product(_densities(args), args.mechanism):
         name, options = split(text)
         mechanism = get_mechanism(name)
         config = mechanism.config.from_dict(_options(args, density) | options)
@@ -122,6 +131,10 @@ def measure_attention(args: argparse.Namespace, density: float | None) -> Iterat
             realised = float(seen["computed"] / seen["visible"]) if "computed" in seen else 1.0
             case = f"{text} {density or 'default'} layer {layer}"
             yield _row(case, f"{text} ({seen['path']})", density, realised, times, 1.0)
+
+
+def _densities(args: argparse.Namespace) -> list[float | None]:
+    return [None] if args.default else args.density
 
 
 def _options(args: argparse.Namespace, density: float | None) -> dict[str, Any]:
@@ -139,11 +152,10 @@ def _row(case: str, text: str, density: float | None, realised: float, times: di
     return Row(case, line, figures, times["stock"].spread)
 
 
-def _list(run: Callable[[argparse.Namespace, float | None], Iterator[Row]], args: argparse.Namespace) -> list[Row]:
+def _list(run: Callable[[argparse.Namespace], Iterator[Row]], args: argparse.Namespace) -> list[Row]:
     names = ("density", 7), ("realised", 9), ("stock", 8), ("sparse", 8), ("a", 6), ("speed-up", 9), ("bound", 7)
     print(f"{'mechanism':<42}{''.join(f'{name:>{width}}' for name, width in names)}{'of it':>7}")
-    densities = [None] if args.default else args.density
-    return [show(row) for density in densities for row in run(args, density)]
+    return [show(row) for row in run(args)]
 
 
 @torch.inference_mode()
