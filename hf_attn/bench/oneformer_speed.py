@@ -109,7 +109,7 @@ def dinat(args: argparse.Namespace) -> Iterator[Row]:
         try:
             return model(pixels).feature_maps[-1]
         finally:
-            restore()
+            restore(model)
 
     def ours() -> Tensor:
         return model(pixels).feature_maps[-1]

@@ -1,4 +1,4 @@
-"""`hf-attn bench bars`: bars name figures of their modules, the verdict follows the rule, a run goes on where it was."""
+"""`hf-attn bench bars`: bars name figures of their modules, verdicts follow the rule, a run goes on where it was."""
 
 from __future__ import annotations
 
@@ -196,7 +196,15 @@ def test_command(monkeypatch, tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     words = " ".join(result.output.split())
-    for text in ("2 processes to run", "met, 10 % to spare", "7 7", "missed", "fresh pages", "load average", "1 missed"):
+    for text in (
+        "2 processes to run",
+        "met, 10 % to spare",
+        "7 7",
+        "missed",
+        "fresh pages",
+        "load average",
+        "1 missed",
+    ):
         assert text in words, (text, words)
     assert "python -m hf_attn.bench.linear_speed" in words
     kept = [json.loads(line) for line in file.read_text().splitlines()]
@@ -216,3 +224,32 @@ def test_list_measures_nothing(monkeypatch):
 def test_an_unknown_bar_is_one_clear_line():
     result = CliRunner().invoke(app, ["bench", "bars", "--only", "warp"])
     assert result.exit_code == 2 and "no bar is called 'warp'; there are block-sparse" in result.output
+
+
+@pytest.mark.parametrize("what", ["decode", "prefill"])
+def test_serving_speed(what, tiny_model, capsys):
+    """Both baselines of decoding, both figures of a prefill, on a tiny model."""
+    serving = importlib.import_module("hf_attn.bench.serving_speed")
+    sizes = ["--lengths", "300", "--repeats", "1", "--threads", "1", "--calibration-tokens", "400"]
+    (row,) = serving.main([what, "--model", str(tiny_model), *sizes])
+    names = {"decode": ("over DynamicCache", "over own dense"), "prefill": ("end to end", "attention")}[what]
+    assert row.case == f"{what} 300" and tuple(row.figures) == names and not row.problem
+    assert all(value > 0 for value in row.figures.values()) and row.line in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        serving.main([what, "--model", str(tiny_model), "--lengths", "1000000"])
+    assert "where this model ends" in capsys.readouterr().err
+
+
+def test_rows_of_gpu_bars():
+    gpu_bars = importlib.import_module("hf_attn.bench.gpu_bars")
+    found = {
+        "case": "MoBA 8k forward",
+        "own ms": 2.0,
+        "selection ms": 0.3,
+        "speed-up": 1.5,
+        "limit": 0.3,
+        "dense spread": 0.01,
+    }
+    row = gpu_bars.row_of(found)
+    assert row.figures == {"speed-up": 1.5, "limit": 0.3, "selection": 0.15} and row.spread == 0.01
+    assert gpu_bars.row_of({"case": "a", "wrong": "error 3 times what is allowed"}).problem.startswith("error 3")
