@@ -59,11 +59,30 @@ SHORT = {
         "fp32 all causal blocks",
         {"speed-up", "limit"},
     ),
+    "oneformer_speed --parts dinat --pixels 64": ("dinat mini, 64 px", {"speed-up"}),
+    "selective_scan_speed --sizes 1 --length 64 --repeats 1": ("n = 1", {"speed-up"}),
+    "video_speed --attention --length 512 --mechanism vmoba --density 0.5 --repeats 1": (
+        "vmoba 0.5 layer 2",
+        {"speed-up", "of bound", "time"},
+    ),
+    "video_speed --model small --length 512 --mechanism psa --density 0.5 --repeats 1": (
+        "psa 0.5",
+        {"speed-up", "of bound", "time"},
+    ),
+    "decode_layer --lengths 1000 --budget 256 --repeats 1 --variants group_max": (
+        "1000 group_max",
+        {"speed-up", "selector"},
+    ),
     "bilevel_speed --side 14 --channels 32 --repeats 2": ("forward", {"copy", "mask", "blocks"}),
 }
 
 
-@pytest.mark.parametrize("command", SHORT)
+# A whole model runs in these.
+LONGER = ("selective_scan_speed", "oneformer_speed", "video_speed --model")
+RUNS = [pytest.param(c, marks=pytest.mark.slow) if c.startswith(LONGER) else c for c in SHORT]
+
+
+@pytest.mark.parametrize("command", RUNS)
 def test_modules_return_what_they_print(command, capsys):
     case, names = SHORT[command]
     module, *arguments = shlex.split(command)
