@@ -234,7 +234,7 @@ BARS = (
     _DINAT.bar("dinat", "masked dense, a backbone at 512 pixels", "dinat", "speed-up", 3),
     *(_BACKBONES.bar(f"backbone-{variant.replace(' ', '-')}", f"time over the official order, {variant}, 224 pixels",
                      variant, "ours", 1.1, most=True)
-      for variant in ("biformer t", "emov2 1m", "emov2 5m", "overlock xt", "patnet t0", "patnet t2")),
+      for variant in ("biformer tiny", "emov2 1m", "emov2 5m", "overlock xt", "patnet t0", "patnet t2")),
     *_flex(),
     *_gpu(),
 )  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -44,6 +46,50 @@ def test_commands_are_understood(command, monkeypatch, capsys):
         main([*arguments, "--no-such-option"])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and "unrecognized arguments: --no-such-option" in error, error
+
+
+def cases_of(module) -> str:
+    """What a module calls its cases, as an expression; the short commands below hold that it does."""
+    name = module.__name__.rpartition(".")[2]
+    if name == "backbone_speed":
+        folder = "hf_attn.bench.backbones"
+        return "|".join(f"{f} {p}" for f in module.families() for p in importlib.import_module(f"{folder}.{f}").PRESETS)
+    if name == "neighborhood_speed":
+        return "|".join(re.escape(f"{setting} {kind}") for setting in module.SETTINGS for kind in ("fwd", "fwd+bwd"))
+    if name == "vision_windows_speed":
+        spanned = "|".join(f"{side}x{side}" for side, *_ in module.SPANNED)
+        mixing = "|".join(f"{h}x{w} K {k} {n} x {dim}" for h, w, k, n, dim in module.MIXING)
+        return f"spanned ({spanned})|mixing ({mixing})"
+    mechanisms = "(psa|vmoba|vmoba scope=head_global|paroattention)"
+    return {
+        "block_sparse_speed": "(fp32|bf16) 1/8 of the blocks a row, per head",
+        "linear_speed": r"\d heads",
+        "decode_layer": rf"\d+ ({'|'.join(getattr(module, 'VARIANTS', ()))})",
+        "serving_speed": r"(decode|prefill) \d+",
+        "psa_speed": r"(fp32|bf16) 0\.\d+",
+        "video_speed": rf"{mechanisms} (0\.\d+|default)",
+        "paro_speed": r"(attention|quantized|model) 0\.\d+",
+        "head_routed_speed": r"\d+ \d/9",
+        "blockrank_speed": r"\d+|\d+ over \d+",
+        "selective_speed": r"\d+ \d of 3",
+        "memory_speed": "chunks",
+        "selective_scan_speed": r"n = \d+",
+        "bilevel_speed": "forward",
+        "oneformer_speed": "dinat",
+        "flex_speed": r"(lower|full) (fp32|bf16) \d+",
+        "gpu_bars": r"(block-sparse|MoBA|linear|neighborhood) .*\b(forward|forward\+backward)(, masked)?",
+    }.get(name, r"\d+")
+
+
+@pytest.mark.parametrize("bar", BARS, ids=lambda bar: bar.name)
+def test_cases_are_named_as_their_modules_do(bar):
+    name, *arguments = shlex.split(bar.command)
+    assert re.fullmatch(cases_of(importlib.import_module(f"hf_attn.bench.{name}")), bar.case), bar
+    # What a command is told to measure, it is told in the words of the case.
+    for option in ("--lengths", "--length", "--density", "--documents", "--dtype", "--sizes"):
+        if option in arguments:
+            values = list(itertools.takewhile(lambda word: word[:2] != "--", arguments[arguments.index(option) + 1 :]))
+            assert any(value in bar.case.split() for value in values) or name == "block_sparse_speed", (bar, values)
 
 
 # A short form of a command, what it does in a second or two, and the case and figures that a bar would read.
