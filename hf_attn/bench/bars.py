@@ -103,11 +103,15 @@ class Work:
 
     def seconds(self) -> float:
         """What the commands are estimated to take."""
-        return sum(members[0].seconds for _, _, members in self.todo() if not obstacle(members[0]))
+        return sum(members[0].seconds for members in self.runnable())
 
-    def measure(self, progress: Callable[[float, float], None] = lambda *_: None) -> None:
+    def runnable(self) -> list[list[Bar]]:
+        """The bars of each process that will be started."""
+        return [members for _, _, members in self.todo() if not obstacle(members[0])]
+
+    def measure(self, progress: Callable[[int, int], None] = lambda *_: None) -> None:
         """Run what is missing, and keep each figure as soon as it is there. `progress` counts estimated seconds."""
-        total, done = max(1.0, self.seconds()), 0.0
+        total, done = max(1, round(self.seconds())), 0.0
         for command, number, members in self.todo():
             blocked = obstacle(members[0])
             start = time.perf_counter()
@@ -119,7 +123,7 @@ class Work:
                     self.store.add(_kept(bar, number, self.runs, figure, elapsed))
             if not blocked:
                 done += members[0].seconds
-                progress(done, total)
+                progress(round(done), total)
 
     def results(self) -> list[Result]:
         runs = range(self.runs)

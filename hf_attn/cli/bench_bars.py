@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import typer
@@ -37,8 +38,8 @@ def bars(
             require_matplotlib()
         work = Work(chosen(only), runs, None if show else Store(output, again=again), again)
         console.print(head_line(), highlight=False)
-        processes = len(work.todo())
-        console.print(f"{processes} processes to run, about {work.seconds() / 60:.0f} minutes", highlight=False)
+        minutes = math.ceil(work.seconds() / 60)
+        console.print(f"{len(work.runnable())} processes to run, about {minutes} min on quiet cores", highlight=False)
         if show:
             wide = Console(width=max(console.width, WIDE), file=console.file)
             wide.print(list_of(work.bars))
