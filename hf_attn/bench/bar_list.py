@@ -67,8 +67,8 @@ _SPARSE_TRAINING = Command(f"{_SPARSE.line} --backward", 50)
 _ROUTED = Command("routed_speed --repeats 7 --lengths 16384 32768", 70)
 _LINEAR = Command("linear_speed", 25)
 _LAYER = Command('decode_layer --lengths 32768 65536 --variants "per query head" group_max', 25)
-_DECODE = Command("serving_speed decode --lengths 4096 8192 --threads 2", 330)
-_PREFILL = Command("serving_speed prefill --lengths 8192 --threads 2", 360)
+_DECODE = Command("serving_speed decode --lengths 4096 8192 --threads 2", 170)
+_PREFILL = Command("serving_speed prefill --lengths 8192 --threads 2", 300)
 _PSA = Command("psa_speed --density 0.25 0.2 0.125 --dtype fp32 bf16", 45)
 _VIDEO = Command(
     'video_speed --attention --heads 4 --head-dim 64 --mechanism vmoba "vmoba scope=head_global" --repeats 7', 60
@@ -84,7 +84,7 @@ _MOH = Command("head_routed_speed --lengths 2048 4096 --top-k 4 3", 15)
 _CORE = Command("blockrank_speed core --documents 20 50 100", 20)
 _RANK = Command("blockrank_speed rank --repeats 7 --threads 2", 140)
 _RANK_500 = Command("blockrank_speed scaling --repeats 7 --threads 2", 220)
-_LANDMARK = Command("landmark_decode --lengths 16384 32768", 10)
+_LANDMARK = Command("landmark_decode --lengths 16384 32768", 8)
 _UOE = Command("selective_speed --lengths 4096", 15)
 _MEMORY = Command("memory_speed --repeats 7", 25)
 _SCAN = Command("selective_scan_speed --sizes 1 16 --repeats 7", 15)
@@ -101,7 +101,7 @@ def _flex() -> list[Bar]:
     bars = []
     for threads in (1, 2):
         command = Command(
-            f"flex_speed --threads {threads} --dtype fp32 bf16 --length 4096 8192 --repeats 7", 90, needs="cxx"
+            f"flex_speed --threads {threads} --dtype fp32 bf16 --length 4096 8192 --repeats 7", 110, needs="cxx"
         )
         for dtype, bound in (("fp32", 1.15), ("bf16", 1.5)):
             for length in (4096, 8192):
