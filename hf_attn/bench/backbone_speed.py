@@ -15,7 +15,7 @@ import copy
 import importlib
 import pkgutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -24,8 +24,10 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 import hf_attn  # noqa: F401  (registers the backbones)
 from hf_attn.bench import backbones
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
 
+FIGURES = ("ours", "deploy", "compiled")
 TOLERANCE = 1e-4
 
 
@@ -70,12 +72,13 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def measure(family: str, preset: str, args: argparse.Namespace) -> None:
-    """Print the row of one variant."""
+def measure(family: str, preset: str, args: argparse.Namespace) -> Row:
+    """The row of one variant; its figures are times over the reference's."""
     reference, model = pair(family, preset)
     images = torch.randn(args.batch, 3, args.size, args.size)
     expected = reference(images)
     runs: dict[str, Callable[[], object]] = {"reference": lambda: reference(images)}
+    wrong = []
     candidates = {"ours": model, "deploy": deployed(model)}
     if args.compile:
         candidates["compiled"] = torch.compile(model)
@@ -84,22 +87,25 @@ def measure(family: str, preset: str, args: argparse.Namespace) -> None:
             continue
         worst = error(candidate(images).logits, expected)
         if not worst <= TOLERANCE:
-            print(f"{family + ' ' + preset:16}{name} differs by {worst:.1e}: no speed shown", flush=True)
+            wrong.append(f"{name} differs by {worst:.1e}: no speed shown")
             continue
         runs[name] = lambda candidate=candidate: candidate(images)
     times = interleaved(runs, repeats=args.repeats, warmup=2)
+    figures: dict[str, float] = {}
     cells = [f"{family + ' ' + preset:16}{times['reference'].median * 1e3:10.1f}"]
     for name in ("ours", "deploy", *(["compiled"] if args.compile else [])):
         if name in times:
-            ratio = paired_ratio(times[name], times["reference"])
+            ratio = figures[name] = paired_ratio(times[name], times["reference"])
             cells.append(f"{times[name].median * 1e3:10.1f}{ratio:7.2f}x")
         else:
             cells.append(f"{'-':>18}")
-    print("".join(cells), f"{times['reference'].spread:8.0%}", flush=True)
+    spread = times["reference"].spread
+    line = " ".join(["".join(cells), f"{spread:8.0%}", *wrong])
+    return Row(f"{family} {preset}", line, figures, spread, "; ".join(wrong))
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=families(), default=families())
     parser.add_argument("--size", type=int, default=224, help="side of the images")
@@ -108,7 +114,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--compile", action="store_true", help="also torch.compile (minutes)")
     parser.add_argument("--clock", choices=("wall", "thread"), default="wall")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.clock == "thread":
         if args.threads != 1:
@@ -118,9 +124,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {machine_load()}")
     names = ("ours", "deploy", *(["compiled"] if args.compile else []))
     print(f"{'variant':16}{'reference':>10}" + "".join(f"{name:>10}{'ratio':>8}" for name in names) + "   spread")
-    for family in args.families:
-        for preset in importlib.import_module(f"{backbones.__name__}.{family}").PRESETS:
-            measure(family, preset, args)
+    variants = [(f, p) for f in args.families for p in importlib.import_module(f"{backbones.__name__}.{f}").PRESETS]
+    return [show(measure(family, preset, args)) for family, preset in variants]
 
 
 if __name__ == "__main__":

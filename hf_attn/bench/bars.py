@@ -1,152 +1,186 @@
-"""Every speed bar of the project: what it asks for, and the command that measures it. `hf-attn bench bars`."""
+"""Measuring the speed bars of `bar_list`: one process a command and run, verdicts, and a file that goes on."""
 
 from __future__ import annotations
 
-import re
 import shlex
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
-# A bar holds with this much to spare; runs of one bar that differ by more than `RESTLESS` decide nothing.
+from hf_attn.bench.bar_list import BARS, WHY, Bar
+from hf_attn.bench.figures import Row, collect
+from hf_attn.bench.peers import cxx_missing
+from hf_attn.bench.record import Row as Record
+from hf_attn.bench.record import Store, environment, key_of, read_rows
+
+# A bar holds with this much to spare; runs of one bar that differ by more than `RESTLESS` decide nothing, and a run
+# whose dense (or peer) rounds spread by more does not count.
 SPARE, RESTLESS = 1.1, 0.15
-_TIMEOUT = 900
+_TIMEOUT = 3600
+_SKIPPED = "skipped: "
 
 
 @dataclass(frozen=True)
-class Bar:
-    """A speed that the project promises.
+class Figure:
+    """What one run of a command says about one bar."""
 
-    Args:
-        name: for `--only`; unique.
-        what: what is measured against what.
-        command: module of `hf_attn.bench` and its arguments.
-        figure: expression whose group is the figure in a line that the command prints.
-        bound: what the figure must reach.
-        most: the figure must stay below the bound instead.
-    """
-
-    name: str
-    what: str
-    command: str
-    figure: str
-    bound: float
-    most: bool = False
-
-    def margin(self, value: float) -> float:
-        """How far the bar is passed, 1 exactly at it."""
-        return self.bound / value if self.most else value / self.bound
+    value: float | None
+    problem: str = ""
 
     @property
-    def line(self) -> str:
-        return f"python -m hf_attn.bench.{self.command}"
+    def skipped(self) -> bool:
+        return self.problem.startswith(_SKIPPED)
 
 
 @dataclass(frozen=True)
 class Result:
-    """The figures of a bar's runs, and why there are none."""
+    """A bar and the figures of its runs."""
 
     bar: Bar
-    values: tuple[float, ...]
-    problem: str = ""
+    figures: tuple[Figure, ...]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return tuple(f.value for f in self.figures if f.value is not None)
 
     @property
     def verdict(self) -> str:
-        """ "met, 10 % to spare", "met", "missed" or "rejected: ..."; the worst of the runs counts."""
-        if self.problem:
-            return f"rejected: {self.problem}"
-        difference = max(self.values) / min(self.values) - 1
-        margins = [self.bar.margin(value) for value in self.values]
+        """ "met, 10 % to spare", "met", "missed", "rejected: ..." or "skipped: ..."; the worst of the runs counts."""
+        for figure in self.figures:
+            if figure.problem:
+                return figure.problem if figure.skipped else f"rejected: {figure.problem}"
+        values = self.values
+        if not values:
+            return "not measured"
+        difference = max(values) / min(values) - 1
+        margins = [self.bar.margin(value) for value in values]
         # Where all runs are on one side of the bar their difference does not matter.
         if difference > RESTLESS and min(margins) < 1 <= max(margins):
             return f"rejected: runs differ by {difference:.0%}"
         worst = min(margins)
         return "met, 10 % to spare" if worst >= SPARE else "met" if worst >= 1 else "missed"
 
-
-def _last(start: str, behind: str) -> str:
-    """A figure near the end of the line that starts with `start`, `behind` following it."""
-    return rf"^{start} .*? ([\d.]+){behind}$"
-
-
-def _flex() -> list[Bar]:
-    bars = []
-    for threads in (1, 2):
-        for dtype, bound in (("fp32", 1.15), ("bf16", 1.5)):
-            for length in (4096, 8192):
-                for kind, words in (("lower", "causal"), ("full", "bidirectional")):
-                    bars.append(
-                        Bar(
-                            f"flex-{words}-{dtype}-{length}-{threads}t",
-                            f"compiled flex_attention, 12.5 %, {words}, {dtype}, {length}, {threads} thread(s)",
-                            f"flex_speed --threads {threads} --dtype {dtype} --length {length} --kind {kind}",
-                            rf"^{kind} .*? ([\d.]+)  \w",
-                            bound if threads == 1 else 1.0,
-                        )
-                    )
-    return bars
+    @property
+    def why(self) -> str:
+        """For a missed bar, what limits it and what was tried."""
+        if self.verdict != "missed":
+            return ""
+        found = [text for name, text in WHY.items() if self.bar.name.startswith(name)]
+        return found[0] if found else "no explanation is recorded"
 
 
-_SPARSE, _PSA = "block_sparse_speed --dtype fp32 --repeats 7", "psa_speed --density 0.25 0.2 0.125"
-_DECODE = 'decode_layer --lengths 32768 65536 --variants "per query head" group_max'
-_NEAR, _PARO, _MEMORY = "neighborhood_speed --repeats 7", "paro_speed attention --repeats 7", "memory_speed --repeats 7"
-_LANDMARK, _CORE, _UOE = "landmark_decode", "blockrank_speed core", "selective_speed --lengths 4096"
-_SCAN, _WINDOWS = "selective_scan_speed --sizes 1 16 --repeats 7", "vision_windows_speed --repeats 9"
-_ROUTED, _VIDEO = "routed_speed --repeats 7 --lengths 16384 32768", "video_speed --attention --head-dim 64 --repeats 7"
-_MOH = "head_routed_speed --lengths 2048 4096 --top-k 3"
+@dataclass
+class Work:
+    """Commands, their bars, and what a file of results has of them already."""
 
-BARS = (
-    Bar("block-sparse", "limit in % at 8 blocks a row of 64, fp32", _SPARSE,
-        _last("fp32 +1/8 of the blocks a row, per head", "%"), 60),
-    Bar("block-sparse-training", "limit in % at 8 blocks a row, forward and backward", f"{_SPARSE} --backward",
-        _last("fp32 +1/8 of the blocks a row, per head", "%"), 60),
-    Bar("moba-16k", "dense, routing included, 16384", _ROUTED, _last(" *16384", r" +[\d.]+"), 1.8),
-    Bar("moba-32k", "dense, routing included, 32768", _ROUTED, _last(" *32768", r" +[\d.]+"), 3),
-    Bar("linear", "dense, 4096, 4 heads", "linear_speed --heads 4", r"^\| 4 \| [\d.]+ \| [\d.]+ \| ([\d.]+)x", 4),
-    Bar("lserve-32k", "dense over the whole cache, a list a query head", _DECODE,
-        _last(" *32768 +per query head", r" +[-\d.]+% +[\d.]+"), 2.5),
-    Bar("lserve-64k", "the same, 65536", _DECODE, _last(" *65536 +per query head", r" +[-\d.]+% +[\d.]+"), 6),
-    Bar("lserve-group-32k", "the same, a list a group, 32768", _DECODE,
-        _last(" *32768 +group_max", r" +[-\d.]+% +[\d.]+"), 6),
-    Bar("lserve-selector", "share of the selector in %, reuse 4", _DECODE,
-        r"^ *32768 +per query head .*? ([-\d.]+)% +[\d.]+$", 25, True),
-    Bar("neighborhood-image", "masked dense, 56x56, windows of 7", _NEAR,
-        r"^56x56 K=7x7 +fwd .*? ([\d.]+)x +[\d.]+x", 8),
-    Bar("neighborhood-video", "masked dense, 16x32x32, windows of 5x7x7", _NEAR,
-        r"^16x32x32 K=5x7x7 +fwd .*? ([\d.]+)x +[\d.]+x", 10),
-    Bar("neighborhood-plain", "dense without a mask, 56x56", _NEAR,
-        r"^56x56 K=7x7 +fwd .*? [\d.]+x +([\d.]+)x", 5),
-    Bar("landmark-16k", "dense over the whole cache, 16384", _LANDMARK, r"^\| 16384 \|.* ([\d.]+) \|$", 4),
-    Bar("landmark-32k", "the same, 32768", _LANDMARK, r"^\| 32768 \|.* ([\d.]+) \|$", 8),
-    Bar("blockrank-20", "dense, 20 documents", _CORE, _last(" *20", ""), 2.5),
-    Bar("blockrank-50", "dense, 50 documents", _CORE, _last(" *50", ""), 4.5),
-    Bar("blockrank-100", "dense, 100 documents", _CORE, _last(" *100", ""), 7),
-    Bar("moh-2048", "dense, 6 of 9 heads, 2048", _MOH, _last(" *2048 +6/9", r" +[\d.]+"), 1.25),
-    Bar("moh-4096", "dense, 6 of 9 heads, 4096", _MOH, _last(" *4096 +6/9", r" +[\d.]+"), 1.1),
-    Bar("uoe-2", "dense, 2 of 3 experts, 4096", _UOE, r"^\| 4096 \| 2 of 3 \|.* ([\d.]+) \|$", 1.6),
-    Bar("uoe-1", "dense, 1 of 3 experts, 4096", _UOE, r"^\| 4096 \| 1 of 3 \|.* ([\d.]+) \|$", 4),
-    Bar("titans", "token by token, 1024", _MEMORY, r"^chunks ([\d.]+)x faster", 3),
-    Bar("titans-growth", "time at 4096 over 1024", _MEMORY, r"^chunks .*= ([\d.]+)$", 4.8, True),
-    Bar("lamamba-scan-1", "transformers' scan, n = 1", _SCAN, r"^\| 1 \|.*? ([\d.]+)x", 3),
-    Bar("lamamba-scan-16", "transformers' scan, n = 16", _SCAN, r"^\| 16 \|.*? ([\d.]+)x", 1),
-    *(Bar(f"psa-{dtype}-{density}", f"dense, {dtype}, density {density}, 8192", f"{_PSA} --dtype {dtype}",
-          _last(rf"{dtype} +{density}", r" +[\d.]+%"), bound)
-      for dtype, bounds in (("fp32", (2.2, 2.8, 3.8)), ("bf16", (1.9, 2.4, 3.3)))
-      for density, bound in zip((0.25, 0.2, 0.125), bounds, strict=True)),
-    Bar("paro-0.5", "dense, reordering included, density 0.5", _PARO, _last(r" *0\.50\d", r" +[\d.]+%"), 1.5),
-    Bar("paro-0.25", "dense, reordering included, density 0.25", _PARO, _last(r" *0\.25\d", r" +[\d.]+%"), 2.5),
-    Bar("vmoba-0.2", "dense, slowest partition, density 0.2", f"{_VIDEO} --mechanism vmoba --density 0.2",
-        _last("vmoba", r" +[\d.]+ +\d+%"), 2.2),
-    Bar("vmoba-0.125", "dense, slowest partition, density 0.125", f"{_VIDEO} --mechanism vmoba --density 0.125",
-        _last("vmoba", r" +[\d.]+ +\d+%"), 3),
-    Bar("biformer", "dense, 56x56, 4 of 49 regions", "bilevel_speed", r"^forward +[\d.]+ +[\d.]+ +([\d.]+)x", 3),
-    Bar("emov2-window", "dense, 32x32, dim 160", f"{_WINDOWS} spanned", r"^spanned 32x32 .*? ([\d.]+)x", 2),
-    Bar("overlock-mixing", "unfolded windows, 28x28, K 13", f"{_WINDOWS} mixing",
-        r"^mixing 28x28 K 13 4 x 16 .*? ([\d.]+)x", 2),
-    Bar("dinat", "masked dense, a backbone at 512 pixels", "oneformer_speed --parts dinat", r" ([\d.]+)x$", 3),
-    *_flex(),
-)  # fmt: skip
+    bars: Sequence[Bar]
+    runs: int
+    store: Store | None = None
+    again: bool = False
+    found: dict[tuple[str, int], Figure] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.store is None or self.again or not self.store.path.exists():
+            return
+        known = {key_of(row): row for row in read_rows([self.store.path])}
+        for bar in self.bars:
+            for number in range(self.runs):
+                row = known.get(key_of(record_of(bar, number, self.runs)))
+                if row is not None and row["status"] == "ok":
+                    self.found[bar.name, number] = Figure(row["speedup"])
+
+    def todo(self) -> list[tuple[str, int, list[Bar]]]:
+        """(command, number of the run, its bars) that have no figure yet."""
+        commands: dict[str, list[Bar]] = {}
+        for bar in self.bars:
+            commands.setdefault(bar.command, []).append(bar)
+        return [
+            (command, number, missing)
+            for command, members in commands.items()
+            for number in range(self.runs)
+            if (missing := [bar for bar in members if (bar.name, number) not in self.found])
+        ]
+
+    def seconds(self) -> float:
+        """What the commands are estimated to take."""
+        return sum(members[0].seconds for members in self.runnable())
+
+    def runnable(self) -> list[list[Bar]]:
+        """The bars of each process that will be started."""
+        return [members for _, _, members in self.todo() if not obstacle(members[0])]
+
+    def measure(self, progress: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Run what is missing, and keep each figure as soon as it is there. `progress` counts estimated seconds."""
+        total, done = max(1, round(self.seconds())), 0.0
+        for command, number, members in self.todo():
+            blocked = obstacle(members[0])
+            start = time.perf_counter()
+            figures = [Figure(None, _SKIPPED + blocked)] * len(members) if blocked else run(command, members)
+            elapsed = time.perf_counter() - start
+            for bar, figure in zip(members, figures, strict=True):
+                self.found[bar.name, number] = figure
+                if self.store is not None:
+                    self.store.add(_kept(bar, number, self.runs, figure, elapsed))
+            if not blocked:
+                done += members[0].seconds
+                progress(round(done), total)
+
+    def results(self) -> list[Result]:
+        runs = range(self.runs)
+        return [Result(b, tuple(self.found[b.name, n] for n in runs if (b.name, n) in self.found)) for b in self.bars]
+
+
+def obstacle(bar: Bar) -> str:
+    """What a bar lacks on this machine, "" where it can run."""
+    import torch
+
+    if bar.needs == "gpu" and not torch.cuda.is_available():
+        return "needs a GPU"
+    if bar.needs == "cxx":
+        return (cxx_missing() or "").removeprefix("not run: ")
+    return ""
+
+
+def run(command: str, bars: Sequence[Bar]) -> list[Figure]:
+    """One run of a command, a figure for each of its bars."""
+    module, *arguments = shlex.split(command)
+    try:
+        rows = collect(module, arguments, timeout=_TIMEOUT)
+    except RuntimeError as error:
+        return [Figure(None, str(error))] * len(bars)
+    return [read(bar, rows) for bar in bars]
+
+
+def read(bar: Bar, rows: Iterable[Row]) -> Figure:
+    """The figure of a bar; of several cases that begin with its words the worst counts."""
+    rows = list(rows)
+    fitting = [row for row in rows if row.case == bar.case or row.case.startswith(bar.case + " ")]
+    if not fitting:
+        return Figure(None, f"no case {bar.case!r}; there are {', '.join(row.case for row in rows)}")
+    for row in fitting:
+        if row.problem:
+            return Figure(None, row.problem)
+        if bar.figure not in row.figures:
+            return Figure(None, f"no figure {bar.figure!r} of {row.case!r}")
+        if row.spread is not None and row.spread > RESTLESS:
+            return Figure(None, f"dense or peer rounds spread by {row.spread:.0%}")
+    return Figure(min((row.figures[bar.figure] for row in fitting), key=bar.margin))
+
+
+def record_of(bar: Bar, number: int, runs: int) -> Record:
+    """The key of one run of a bar in a file of results."""
+    where = environment("cuda" if bar.needs == "gpu" and not obstacle(bar) else "cpu")
+    asked = f"{'<=' if bar.most else '>='} {bar.bound:g}"
+    return where | {
+        "level": "bar", "name": bar.name, "variant": f"run {number + 1} of {runs}", "shape": bar.what,
+        "requested": asked, "options": bar.command, "threads": bar.threads,
+    }  # fmt: skip
+
+
+def _kept(bar: Bar, number: int, runs: int, figure: Figure, seconds: float) -> Record:
+    status = "ok" if not figure.problem else figure.problem if figure.skipped else f"rejected: {figure.problem}"
+    kept = {"status": status, "speedup": figure.value, "ms": 1e3 * seconds, "timer": "whole command"}
+    return record_of(bar, number, runs) | kept
 
 
 def chosen(only: Iterable[str]) -> list[Bar]:
@@ -158,42 +192,11 @@ def chosen(only: Iterable[str]) -> list[Bar]:
     return [bar for bar in BARS if not only or any(bar.name.startswith(word) for word in only)]
 
 
-def measure(bars: Iterable[Bar], runs: int = 2) -> Iterator[Result]:
-    """Run every command `runs` times, in processes of their own, and read its bars from what it prints."""
-    commands: dict[str, list[Bar]] = {}
-    for bar in bars:
-        commands.setdefault(bar.command, []).append(bar)
-    for command, members in commands.items():
-        printed = [run(command) for _ in range(runs)]
-        for bar in members:
-            yield read(bar, printed)
-
-
-def run(command: str) -> tuple[str, str]:
-    """What a command printed, and what went wrong."""
-    module, *arguments = shlex.split(command)
-    line = [sys.executable, "-m", f"hf_attn.bench.{module}", *arguments]
-    try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        return "", f"no result within {_TIMEOUT} s"
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return done.stdout, "" if done.returncode == 0 else f"the command failed: {last[:160]}"
-
-
-def read(bar: Bar, printed: Iterable[tuple[str, str]]) -> Result:
-    """The figures of one bar; of several lines that fit the worst counts."""
-    values = []
-    for text, problem in printed:
-        if problem:
-            return Result(bar, (), problem)
-        lines = [found for line in text.splitlines() if (found := re.search(bar.figure, line.rstrip()))]
-        if not lines:
-            failed = next(
-                (line for line in text.splitlines() if "FAILED" in line), "the command printed no such figure"
-            )
-            return Result(bar, (), " ".join(failed.split())[:160])
-        if any("rejected" in found.string for found in lines):
-            return Result(bar, (), "restless dense or peer run")
-        values.append(min((float(found[1]) for found in lines), key=bar.margin))
-    return Result(bar, tuple(values))
+def results_of(records: Iterable[Record]) -> list[Result]:
+    """The results that rows of files of results hold, of bars that there still are; the last run of each number."""
+    found: dict[str, dict[str, Figure]] = {}
+    for row in records:
+        if row["level"] == "bar":
+            problem = "" if row["status"] == "ok" else row["status"].removeprefix("rejected: ")
+            found.setdefault(row["name"], {})[row["variant"]] = Figure(row["speedup"], problem)
+    return [Result(bar, tuple(found[bar.name].values())) for bar in BARS if bar.name in found]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -20,9 +20,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_attn import ops
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.routed_speed import peak_bytes
 from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
 from hf_attn.ops.bilevel import METHODS, region_mask
+
+FIGURES = METHODS[1:]
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -37,7 +40,7 @@ def with_backward(run: Callable[..., Tensor], inputs: list[Tensor]) -> None:
     run(*leaves).sum().backward()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=56)
     parser.add_argument("--channels", type=int, default=64)
@@ -47,7 +50,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--clock", choices=("wall", "thread"), default="wall")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.clock == "thread":
         time.perf_counter = time.thread_time
@@ -67,6 +70,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, one thread, {args.clock} time, {machine_load()}; {share:.1%} of the pairs read")
     print(f"{'':18}{'dense ms':>10}" + "".join(f"{name + ' ms':>10}{'speed-up':>10}" for name in routed))
     runs = {"dense": partial(dense, scale=scale), **routed}
+    rows = []
     for title, calls in (
         ("forward", {name: partial(run, *inputs) for name, run in runs.items()}),
         ("forward+backward", {name: partial(with_backward, run, inputs) for name, run in runs.items()}),
@@ -74,11 +78,13 @@ def main() -> None:
         times = interleaved(calls, repeats=args.repeats)
         ratios = {name: paired_ratio(times["dense"], times[name]) for name in routed}
         cells = "".join(f"{times[name].median * 1e3:10.2f}{ratios[name]:9.2f}x" for name in routed)
-        print(f"{title:18}{times['dense'].median * 1e3:10.2f}{cells}", flush=True)
+        line = f"{title:18}{times['dense'].median * 1e3:10.2f}{cells}"
+        rows.append(show(Row(title, line, ratios, times["dense"].spread)))
     routes = ops.select_regions(*inputs[:2], **options)
     peaks = {name: peak_bytes(partial(run, *inputs, routes=routes)) for name, run in routed.items()}
     sizes = ", ".join(f"{name} {peak / 2**20:.2f} MiB ({peak / peaks['copy']:.0%})" for name, peak in peaks.items())
     print(f"held by the token stage: {sizes}")
+    return rows
 
 
 if __name__ == "__main__":

@@ -8,15 +8,18 @@ Every pattern is checked against a dense masked softmax on a sample of rows firs
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import Timing, interleaved, machine_load, paired_ratio
 from hf_attn.ops.hfattn_sparse.block_sparse import torch_path
 
+FIGURES = ("speed-up", "limit")
 Q_HEADS, KV_HEADS, DIM, BLOCK = 8, 4, 64, 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -128,7 +131,8 @@ def dense_functions(inputs: list[Tensor], grad: Tensor, backward: bool) -> dict:
     return {"grouped": lambda: run(inputs, enable_gqa=True), "expanded": lambda: run(wide)}
 
 
-def measure(dtype: str, length: int, backward: bool, repeats: int) -> None:
+def measure(dtype: str, length: int, backward: bool, repeats: int, start: str = "") -> Iterator[Row]:
+    """A row for every pattern."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, heads, length, DIM) for heads in (Q_HEADS, KV_HEADS, KV_HEADS, Q_HEADS)]
     *inputs, grad = (torch.randn(shape, generator=generator).to(DTYPES[dtype]) for shape in shapes)
@@ -139,34 +143,36 @@ def measure(dtype: str, length: int, backward: bool, repeats: int) -> None:
         if backward:
             torch_path.backward(grad, None, *inputs, indices, out, lse, **options)
 
-    for case in cases(length, generator):
+    for case in (c for c in cases(length, generator) if c.name.startswith(start)):
         share = density(case.indices, length)
         if not check(case, inputs, grad, options):
-            print(f"{dtype:5} {case.name:36}{share:10.3f}   check FAILED: no speed shown", flush=True)
+            line = f"{dtype:5} {case.name:36}{share:10.3f}   check FAILED: no speed shown"
+            yield Row(f"{dtype} {case.name}", line, problem="check failed")
             continue
         functions = dense_functions(inputs, grad, backward) | {"sparse": lambda case=case: run(case.indices)}
         times = interleaved(functions, repeats=repeats)
         dense = min((times["grouped"], times["expanded"]), key=lambda timing: timing.median)
-        print_row(dtype, case, share, times["sparse"], dense)
+        yield row_of(dtype, case, share, times["sparse"], dense)
 
 
-def print_row(dtype: str, case: Case, share: float, sparse: Timing, dense: Timing) -> None:
+def row_of(dtype: str, case: Case, share: float, sparse: Timing, dense: Timing) -> Row:
     ratio = paired_ratio(dense, sparse)
-    print(
+    line = (
         f"{dtype:5} {case.name:36}{share:10.3f}{dense.median * 1e3:10.1f}{sparse.median * 1e3:10.1f}"
-        f"{sparse.spread:10.0%}{ratio:10.2f}{ratio * share:10.1%}",
-        flush=True,
+        f"{sparse.spread:10.0%}{ratio:10.2f}{ratio * share:10.1%}"
     )
+    return Row(f"{dtype} {case.name}", line, {"speed-up": ratio, "limit": ratio * share}, dense.spread)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--pattern", default="", help="only patterns whose name begins so")
     parser.add_argument("--backward", action="store_true", help="time forward + backward instead of forward")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.length < BLOCK or args.repeats < 1 or args.threads < 1:
         parser.error(f"needs --length >= {BLOCK}, --repeats >= 1 and --threads >= 1")
     torch.set_num_threads(args.threads)
@@ -177,8 +183,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.threads} thread(s); limit = speed-up x density; times in ms")
     names = "".join(f"{name:>10}" for name in ("density", "dense", "sparse", "spread", "speed-up", "limit"))
     print(f"{'dtype':5} {'pattern':36}{names}")
-    for dtype in args.dtype:
-        measure(dtype, args.length, args.backward, args.repeats)
+    sizes = (args.length, args.backward, args.repeats, args.pattern)
+    return [show(row) for dtype in args.dtype for row in measure(dtype, *sizes)]
 
 
 if __name__ == "__main__":

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import Timing, interleaved, machine_load, paired_ratio
 from hf_attn.call import AttentionCall, LayerContext, TokenLayout
 from hf_attn.mechanism import get_mechanism
 
+FIGURES = ("speed-up", "selector")
 # Name of a row -> options besides those of the command line.
 VARIANTS = {
     "per query head": {},
@@ -108,18 +111,20 @@ def dense_step(case: Case) -> torch.Tensor:
     return F.scaled_dot_product_attention(case.query, case.key, case.value, enable_gqa=True)
 
 
-def run_length(length: int, args: argparse.Namespace) -> list[str]:
+def run_length(length: int, args: argparse.Namespace) -> Iterator[Row]:
     """The lines of one length."""
+    asked = length
     # Off a multiple of the interval: otherwise every step would select.
     length += (length + 1) % args.reuse == 0
-    lines, tensors = [], random_tensors(length, args)
+    tensors = random_tensors(length, args)
     for name, options in VARIANTS.items():
         if args.variants and name not in args.variants:
             continue
         case = make_case(length, args, options, tensors)
         error = error_of(case)
         if not error <= 1e-4:
-            lines.append(f"{length:>7} {name:>20}  CHECK FAILED: error {error:.1e}, no speed")
+            reason = f"check failed: error {error:.1e}"
+            yield Row(f"{asked} {name}", f"{length:>7} {name:>20}  {reason}, no speed", problem=reason)
             continue
         functions = {"dense": lambda c=case: dense_step(c), "select": lambda c=case: c.step(True)}
         functions["reuse"] = lambda c=case: c.step(False)
@@ -134,15 +139,16 @@ def run_length(length: int, args: argparse.Namespace) -> list[str]:
         share = (times["select"].median - times["reuse"].median) / interval / mean.median
         held = case.store.bytes()
         total = held["data"] + held["scales"] + held["zeros"] + held["statistics"] + held["streaming"]
-        lines.append(
+        ratio = paired_ratio(times["dense"], mean)
+        line = (
             f"{length:>7} {name:>20} {times['dense'].median * 1e3:>9.2f} {times['select'].median * 1e3:>9.2f} "
-            f"{times['reuse'].median * 1e3:>9.2f} {mean.median * 1e3:>9.2f} {paired_ratio(times['dense'], mean):>7.2f} "
+            f"{times['reuse'].median * 1e3:>9.2f} {mean.median * 1e3:>9.2f} {ratio:>7.2f} "
             f"{share:>8.1%} {total / 1e6:>8.1f}"
         )
-    return lines
+        yield Row(f"{asked} {name}", line, {"speed-up": ratio, "selector": share}, times["dense"].spread)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all")
@@ -168,9 +174,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{'selector':>8} {'cache MB':>8}"
     )
     with torch.inference_mode():
-        for length in args.lengths:
-            print("\n".join(run_length(length, args)), flush=True)
+        rows = [show(row) for length in args.lengths for row in run_length(length, args)]
     print(machine_load())
+    return rows
 
 
 if __name__ == "__main__":

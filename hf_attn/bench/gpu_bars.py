@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_attn import ops
-from hf_attn.bench.timing import device_times, paired_ratio
+from hf_attn.bench.figures import Row
+from hf_attn.bench.levels import figures_row
+from hf_attn.bench.runner import KINDS, dense_candidates
+from hf_attn.bench.runner import measure as time_functions
 from hf_attn.pattern import BlockPattern
 
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+FIGURES = ("speed-up", "limit", "selection", "over fla")
 CHECKED_ROWS = 64
-# Beyond this many tokens only the back end that was the fastest at all lengths before.
+# Beyond this many tokens only cuDNN, the fastest at all lengths before.
 LONG = 100_000
 
 
@@ -62,32 +61,22 @@ def heads(length: int, q: int, kv: int, dim: int, dtype: torch.dtype = torch.bfl
 
 
 def dense(tensors: list[Tensor], *, causal: bool, backward: bool = False, mask: Tensor | None = None) -> dict:
-    """Dense attention through each back end of torch that takes the task."""
-    query, key, value = tensors
+    """Dense attention through the back ends of torch that take the task."""
+    if mask is None:
+        kinds = KINDS[1:2] if tensors[0].shape[2] > LONG else KINDS[:2]
+        return dense_candidates(*tensors, causal=causal, backward=backward, kinds=kinds)
+    # Only one back end takes a mask, and it has no grouped heads.
+    query, *others = tensors
+    leaves = [query, *(t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in others)]
+    leaves = [t.detach().requires_grad_(backward) for t in leaves]
     grad = torch.randn_like(query)
-    found = {}
-    for name, backend in BACKENDS.items():
-        # Only this one takes a mask, and without one it was never the fastest.
-        if (name == "efficient") == (mask is None) or (name == "flash" and query.shape[2] > LONG):
-            continue
-        leaves = [t.detach().requires_grad_(backward) for t in (query, key, value)]
-        if name == "efficient":  # it has no grouped heads
-            leaves = [leaves[0], *(t.detach().repeat_interleave(query.shape[1] // key.shape[1], 1) for t in leaves[1:])]
-            leaves = [t.requires_grad_(backward) for t in leaves]
 
-        def run(leaves: list[Tensor] = leaves, backend: SDPBackend = backend) -> object:
-            with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(
-                    *leaves, attn_mask=mask, is_causal=causal, enable_gqa=leaves[0].shape[1] != leaves[1].shape[1]
-                )
-            return torch.autograd.grad(out, leaves, grad) if backward else out
+    def run() -> object:
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            out = F.scaled_dot_product_attention(*leaves, attn_mask=mask, is_causal=causal)
+        return torch.autograd.grad(out, leaves, grad) if backward else out
 
-        try:
-            run()
-        except RuntimeError:
-            continue
-        found[name] = run
-    return found
+    return {"efficient": run}
 
 
 def both(attend: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -342,15 +331,24 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
             row[f"{name} failed"] = f"{type(reason).__name__}: {reason}"[:200]
         else:
             functions[name] = part
-    times = device_times(functions, repeats=repeats)
-    row |= {f"{name} ms": round(t.median * 1e3, 4) for name, t in times.items()}
-    row["error"], row["spread"] = round(error, 3), round(times["own"].spread, 3)
-    if case.dense:
-        best = min((name for name in times if name.startswith("dense")), key=lambda name: times[name].median)
-        row["dense spread"] = round(times[best].spread, 3)
-        row["speed-up"] = round(paired_ratio(times[best], times["own"]), 3)
-        row["limit"] = round(row["speed-up"] * case.density, 3)
-    return row
+    times = time_functions(functions, "cuda", repeats=repeats)
+    row |= {f"{name} ms": round(t.timing.median * 1e3, 4) for name, t in times.items()}
+    row["error"] = round(error, 3)
+    best = min((name for name in times if name.startswith("dense")), key=lambda name: times[name].timing.median)
+    cells = figures_row(times["own"], times[best], best, case.density, {})
+    names = {"spread": "spread", "dense spread": "dense_spread", "speed-up": "speedup", "limit": "limit"}
+    return row | {name: round(cells[cell], 3) for name, cell in names.items()}
+
+
+def row_of(found: dict[str, Any]) -> Row:
+    """The figures of a row of results; `selection` is a share of the whole."""
+    figures = {name: found[name] for name in ("speed-up", "limit") if name in found}
+    if "selection ms" in found:
+        figures["selection"] = found["selection ms"] / found["own ms"]
+    if "fla ms" in found:
+        figures["over fla"] = found["fla ms"] / found["own ms"]
+    problem = found.get("wrong") or found.get("failed") or ""
+    return Row(found["case"], str(found), figures, found.get("dense spread"), problem)
 
 
 def kernel_profile(case: Case) -> list[tuple[str, float, int]]:
@@ -364,7 +362,7 @@ def kernel_profile(case: Case) -> list[tuple[str, float, int]]:
     return sorted((e for e in events if e[1] > 0), key=lambda e: -e[1])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="append rows as JSON lines")
     parser.add_argument("--only", nargs="*", choices=FAMILIES, default=list(FAMILIES))
@@ -372,9 +370,10 @@ def main() -> None:
     parser.add_argument("--skip", default="none", help="no cases whose name holds this")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="also the kernels of every case")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("needs a CUDA or ROCm device, and found none; `hf-attn bench bars` measures the bars of a CPU")
+    found = []
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     for family in arguments.only:
         for case in FAMILIES[family]():
@@ -392,7 +391,9 @@ def main() -> None:
             if arguments.output:
                 with arguments.output.open("a") as file:
                     file.write(json.dumps(machine | row) + "\n")
+            found.append(row_of(row))
             torch.cuda.empty_cache()
+    return found
 
 
 if __name__ == "__main__":

@@ -10,17 +10,20 @@ gathered form also where the op would run dense.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
 from hf_attn.nn.head_router import QueryNormRouter
 from hf_attn.ops import head_routed_attention, path_counts, reset_path_counts
 
+FIGURES = ("speed-up",)
 
-def run_case(length: int, top_k: int, args: argparse.Namespace) -> str:
+
+def run_case(length: int, top_k: int, args: argparse.Namespace) -> Row:
     """One line of the table."""
     generator = torch.Generator().manual_seed(length)
     sizes = (args.heads, args.kv_heads, args.kv_heads)
@@ -47,19 +50,21 @@ def run_case(length: int, top_k: int, args: argparse.Namespace) -> str:
         error = float((routed() - dense() * heads[..., None]).abs().max())
         form = next(iter(path_counts())).partition(" | ")[2]
         share = (args.shared + top_k) / args.heads
+        case = f"{length} {args.shared + top_k}/{args.heads}"
         start = f"{length:>7} {args.shared + top_k}/{args.heads:<4} {form:>13} {error:>9.1e}"
         if not error < 1e-5:
-            return f"{start}  FAILED: no speed for a wrong result"
+            return Row(case, f"{start}  FAILED: no speed for a wrong result", problem="check failed")
         timed = {"dense": dense, "routed": routed}
         if args.backward:
             timed = {name: step(forward) for name, forward in timed.items()}
         times = interleaved(timed, repeats=args.repeats)
     ratio = paired_ratio(times["dense"], times["routed"])
     milliseconds = [times[name].median * 1e3 for name in ("dense", "routed")]
-    return f"{start} {milliseconds[0]:>9.1f} {milliseconds[1]:>9.1f} {ratio:>9.2f} {ratio * share:>9.2f}"
+    line = f"{start} {milliseconds[0]:>9.1f} {milliseconds[1]:>9.1f} {ratio:>9.2f} {ratio * share:>9.2f}"
+    return Row(case, line, {"speed-up": ratio}, times["dense"].spread)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--threads", type=int, default=1)
@@ -78,9 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     names = ("error", "dense ms", "routed ms", "x dense", "of limit")
     print(f"{'N':>7} {'heads':6} {'form':>13} " + " ".join(f"{name:>9}" for name in names))
-    for length in args.lengths:
-        for top_k in args.top_k:
-            print(run_case(length, top_k, args), flush=True)
+    return [show(run_case(length, top_k, args)) for length in args.lengths for top_k in args.top_k]
 
 
 if __name__ == "__main__":

@@ -6,14 +6,17 @@ python -m hf_attn.bench.landmark_decode --lengths 4096 16384 32768
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
 from hf_attn.caches.landmark import LandmarkStore
 from hf_attn.mechanisms._landmark import Chunk, Retrieval, Rotary, attend_chunk
+
+FIGURES = ("speed-up",)
 
 
 def layer(length: int, heads: int, kv_heads: int, dim: int, options: Retrieval) -> tuple[Callable, Callable]:
@@ -54,7 +57,7 @@ def check(options: Retrieval, heads: int, kv_heads: int, dim: int) -> float:
     return float((got - want).abs().max())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 32768], help="cached tokens")
     parser.add_argument("--heads", type=int, default=9)
@@ -64,7 +67,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     options = Retrieval(arguments.block_size, arguments.top_k)
@@ -73,13 +76,17 @@ def main() -> None:
         error = check(options, *sizes)
         if error > 1e-4:
             raise SystemExit(f"retrieval differs from the dense form by {error:.1e}; nothing is timed")
+        rows = []
         print(machine_load())
         print("| cached tokens | SDPA ms | retrieval ms | speed-up |\n|---|---|---|---|")
         for length in arguments.lengths:
             retrieve, whole = layer(length, *sizes, options)
             times = interleaved({"retrieval": retrieve, "sdpa": whole}, repeats=arguments.repeats, warmup=3)
             cells = [f"{1000 * times[name].median:.2f}" for name in ("sdpa", "retrieval")]
-            print(f"| {length} | {' | '.join(cells)} | {paired_ratio(times['sdpa'], times['retrieval']):.1f} |")
+            ratio = paired_ratio(times["sdpa"], times["retrieval"])
+            line = f"| {length} | {' | '.join(cells)} | {ratio:.1f} |"
+            rows.append(show(Row(str(length), line, {"speed-up": ratio}, times["sdpa"].spread)))
+    return rows
 
 
 if __name__ == "__main__":

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_attn import ops
+from hf_attn.bench.figures import Row, show
+from hf_attn.bench.timing import Timing
 from hf_attn.nn.decay import base_slopes
+
+FIGURES = ("forward", "forward and backward", "growth", "growth to 16k", "over masked form")
 
 
 def measure(length: int, heads: int, dim: int, block: int, repeats: int) -> dict[str, float]:
@@ -36,6 +40,7 @@ def measure(length: int, heads: int, dim: int, block: int, repeats: int) -> dict
             row = [_seconds(lambda: dense(query, key, value)), _seconds(lambda: linear(query, key, value))]
         rounds.append([*row, _seconds(training(dense)), _seconds(training(linear))])
     rounds = rounds[1:]  # the first one warms up
+    spreads = [Timing(tuple(r[column] for r in rounds)).spread for column in (0, 2)]
     result = {
         name: 1e3 * statistics.median(column)
         for name, column in zip(
@@ -44,6 +49,7 @@ def measure(length: int, heads: int, dim: int, block: int, repeats: int) -> dict
     }
     result["forward"] = statistics.median(r[0] / r[1] for r in rounds)
     result["backward"] = statistics.median(r[2] / r[3] for r in rounds)
+    result["spread"] = max(spreads)
     return result
 
 
@@ -79,7 +85,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--heads", type=int, nargs="+", default=[1, 4])
@@ -87,19 +93,28 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     columns = ["heads", "SDPA ms", "linear ms", "forward", "SDPA fwd+bwd ms", "linear ms", "fwd+bwd"]
     columns += ["32k / 2k", "16k / 4k", "masked form"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    rows = []
     for heads in arguments.heads:
         row = measure(arguments.length, heads, arguments.dim, arguments.block, arguments.repeats)
-        print(
+        figures = {
+            "forward": row["forward"],
+            "forward and backward": row["backward"],
+            "growth": growth(heads, arguments.dim),
+            "growth to 16k": growth(heads, arguments.dim, 4096, 16384),
+            "over masked form": masked_form(arguments.length, heads, arguments.dim),
+        }
+        line = (
             f"| {heads} | {row['dense']:.1f} | {row['linear']:.2f} | {row['forward']:.2f}x | "
             f"{row['dense_backward']:.1f} | {row['linear_backward']:.2f} | {row['backward']:.2f}x | "
-            f"{growth(heads, arguments.dim):.1f} | {growth(heads, arguments.dim, 4096, 16384):.2f} | "
-            f"{masked_form(arguments.length, heads, arguments.dim):.0f}x |"
+            f"{figures['growth']:.1f} | {figures['growth to 16k']:.2f} | {figures['over masked form']:.0f}x |"
         )
+        rows.append(show(Row(f"{heads} heads", line, figures, row["spread"])))
+    return rows
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hf_attn import ops
-from hf_attn.bench.timing import interleaved
+from hf_attn.bench.figures import Row, show
+from hf_attn.bench.timing import interleaved, paired_ratio
+
+FIGURES = ("speed-up", "growth")
 
 
 def inputs(length: int, heads: int, dim: int, inner: int, depth: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -49,7 +52,7 @@ def runner(name: str, tokens: list[Tensor], weights: list[Tensor], chunk: int) -
     return run
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=4)
@@ -59,7 +62,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     sizes = (arguments.heads, arguments.dim, arguments.inner, arguments.depth)
     short, long = (inputs(n, *sizes) for n in (arguments.length, 4 * arguments.length))
@@ -82,9 +85,11 @@ def main() -> None:
     print("| path | ms |\n|---|---|")
     for name, timing in times.items():
         print(f"| {name} | {1e3 * timing.median:.1f} |")
-    slow, fast, longer = (times[name].median for name in runs)
+    slow, fast, longer = (times[name] for name in runs)
+    faster, growth = paired_ratio(slow, fast), paired_ratio(longer, fast)
     lengths = f"time({4 * arguments.length}) / time({arguments.length})"
-    print(f"\nchunks {slow / fast:.1f}x faster; {lengths} = {longer / fast:.2f}")
+    line = f"\nchunks {faster:.1f}x faster; {lengths} = {growth:.2f}"
+    return [show(Row("chunks", line, {"speed-up": faster, "growth": growth}, slow.spread))]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_attn import ops
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
 
+FIGURES = ("over masked", "over plain")
 # Query rows whose masked attention is timed where a whole mask would be too large.
 MASKED_ROWS = 2048
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -72,7 +74,7 @@ def steps_of(function: Callable[[], Tensor], backward: bool, leaves: list[Tensor
     return both if backward else forward
 
 
-def run_case(setting: Setting, args: argparse.Namespace) -> list[str]:
+def run_case(setting: Setting, args: argparse.Namespace) -> Iterator[Row]:
     """Lines of the table, forward and forward + backward."""
     generator = torch.Generator().manual_seed(0)
     dtype, heads = getattr(torch, args.dtype), args.heads or setting.heads
@@ -97,12 +99,14 @@ def run_case(setting: Setting, args: argparse.Namespace) -> list[str]:
     with torch.no_grad():
         error = (windowed().flatten(1, -3).transpose(1, 2)[:, :, :rows] - masked()).abs().max().item()
     if not error <= TOLERANCE[dtype]:
-        return [f"{setting!s:<28} CHECK FAILED: differs from masked attention by {error:.1e}, no time"]
+        reason = f"check failed: differs from masked attention by {error:.1e}"
+        for kind in ("fwd", "fwd+bwd"):
+            yield Row(f"{setting} {kind}", f"{setting!s:<28} {kind:<8} {reason}, no time", problem=reason)
+        return
     calls = {"near": (windowed, near), "masked": (masked, some), "plain": (plain, flat)}
     if args.compiled:
         calls["flex"] = (_flex(flat, setting, args.device), flat)
     wait = torch.cuda.synchronize if near[0].is_cuda else lambda: None
-    lines = []
     for backward in (False, True):
         if backward and args.compiled and not near[0].is_cuda:
             calls.pop("flex", None)  # FlexAttention has no compiled backward on CPUs
@@ -115,13 +119,16 @@ def run_case(setting: Setting, args: argparse.Namespace) -> list[str]:
         over_plain = paired_ratio(times["plain"], times["near"])
         met = over_masked >= setting.bar_masked and over_plain >= setting.bar_plain
         flex = f"{times['flex'].median * 1e3:>9.2f}" if "flex" in times else f"{'-':>9}"
-        lines.append(
-            f"{setting!s:<28} {'fwd+bwd' if backward else 'fwd':<8} {times['near'].median * 1e3:>9.2f} "
+        kind = "fwd+bwd" if backward else "fwd"
+        line = (
+            f"{setting!s:<28} {kind:<8} {times['near'].median * 1e3:>9.2f} "
             f"{times['masked'].median * scale * 1e3:>9.1f} {times['plain'].median * 1e3:>9.1f} {flex} "
             f"{over_masked:>8.1f}x {over_plain:>7.1f}x {over_plain * setting.density:>9.1%}  "
             f">={setting.bar_masked:.0f}x, >={setting.bar_plain:.0f}x {'met' if met else 'MISSED'}"
         )
-    return lines
+        figures = {"over masked": over_masked, "over plain": over_plain}
+        spread = max(times["masked"].spread, times["plain"].spread)
+        yield Row(f"{setting} {kind}", line, figures, spread)
 
 
 def _flex(flat: list[Tensor], setting: Setting, device: str) -> Callable[[], Tensor]:
@@ -137,7 +144,7 @@ def _flex(flat: list[Tensor], setting: Setting, device: str) -> Callable[[], Ten
     return lambda: attend(*flat, block_mask=found)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -154,8 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{'grid':<28} {'pass':<8} {'ms':>9} {'masked':>9} {'plain':>9} {'flex':>9} {'/masked':>9} {'/plain':>8} "
         f"{'of limit':>9}  bar"
     )
-    for setting in SETTINGS:
-        print("\n".join(run_case(setting, args)), flush=True)
+    return [show(row) for setting in SETTINGS for row in run_case(setting, args)]
 
 
 if __name__ == "__main__":

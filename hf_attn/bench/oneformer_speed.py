@@ -14,13 +14,14 @@ Every case is checked first; a case that fails gets no speed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DinatConfig, OneFormerConfig, SwinConfig
 
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
 from hf_attn.integrations.transformers.repairs import become
 from hf_attn.integrations.transformers.repairs.dinat import MendedNeighborhoodAttention
@@ -28,23 +29,25 @@ from hf_attn.models.dinat import VARIANTS, DinatAttnBackbone
 from hf_attn.models.oneformer import OneFormerAttnModel
 from hf_attn.ops import ms_deform_attn, neighborhood_mask
 
+FIGURES = ("speed-up",)
 STAGES = [f"stage{i}" for i in range(1, 5)]
 
 
-def report(name: str, plain: Callable[[], Tensor], ours: Callable[[], Tensor], bound: float, repeats: int) -> None:
+def report(name: str, plain: Callable[[], Tensor], ours: Callable[[], Tensor], bound: float, repeats: int) -> Row:
     """One line: error, milliseconds of both, and the median of the paired ratios."""
     wanted, got = plain().detach(), ours().detach()
     error = float((got - wanted).abs().max() / wanted.abs().max())
     if not error < bound:
-        print(f"{name:<44} {error:.1e}  FAILED: no speed for a wrong result", flush=True)
-        return
+        line = f"{name:<44} {error:.1e}  FAILED: no speed for a wrong result"
+        return Row(name, line, problem=f"check failed: error {error:.1e}")
     times = interleaved({"plain": plain, "ours": ours}, repeats=repeats, warmup=0)
     first, second = (times[key].median * 1e3 for key in ("plain", "ours"))
     ratio = paired_ratio(times["plain"], times["ours"])
-    print(f"{name:<44} {error:>8.1e} {first:>10.1f} {second:>10.1f} {ratio:>7.2f}x", flush=True)
+    line = f"{name:<44} {error:>8.1e} {first:>10.1f} {second:>10.1f} {ratio:>7.2f}x"
+    return Row(name, line, {"speed-up": ratio}, times["plain"].spread)
 
 
-def deformable(args: argparse.Namespace) -> None:
+def deformable(args: argparse.Namespace) -> Iterator[Row]:
     """S = Q = 21 504 tokens of three levels, 8 heads of 32 channels, 4 points; locations near the own pixel."""
     shapes, heads, dim, points = [(32, 32), (64, 64), (128, 128)], 8, 32, 4
     total = sum(h * w for h, w in shapes)
@@ -66,7 +69,7 @@ def deformable(args: argparse.Namespace) -> None:
 
     for name, backward in (("forward", False), ("forward and backward", True)):
         plain, ours = run("grid_sample", backward), run("torch", backward)
-        report(f"deformable, S={total}, {name}", plain, ours, 1e-4, args.repeats)
+        yield report(f"deformable, S={total}, {name}", plain, ours, 1e-4, args.repeats)
 
 
 class DenseNeighborhoodAttention(MendedNeighborhoodAttention):
@@ -82,7 +85,7 @@ class DenseNeighborhoodAttention(MendedNeighborhoodAttention):
 
 
 @torch.no_grad()
-def dinat(args: argparse.Namespace) -> None:
+def dinat(args: argparse.Namespace) -> Iterator[Row]:
     """A published variant as a backbone, batch 1."""
     model = DinatAttnBackbone(DinatConfig(**VARIANTS[args.variant], out_features=STAGES)).eval()
     pixels = torch.randn(1, 3, args.pixels, args.pixels)
@@ -106,16 +109,16 @@ def dinat(args: argparse.Namespace) -> None:
         try:
             return model(pixels).feature_maps[-1]
         finally:
-            restore()
+            restore(model)
 
     def ours() -> Tensor:
         return model(pixels).feature_maps[-1]
 
-    report(f"dinat {args.variant}, {args.pixels} px", plain, ours, 1e-3, args.slow_repeats)
+    yield report(f"dinat {args.variant}, {args.pixels} px", plain, ours, 1e-3, args.slow_repeats)
 
 
 @torch.no_grad()
-def decoder(args: argparse.Namespace) -> None:
+def decoder(args: argparse.Namespace) -> Iterator[Row]:
     """Nine layers over maps of 32, 64 and 128 pixels a side (an image of 1024), masks of 256 x 256."""
     tiny = SwinConfig(embed_dim=4, depths=[1] * 4, num_heads=[1] * 4, out_features=STAGES)
     model = OneFormerAttnModel(OneFormerConfig(backbone_config=tiny)).eval()
@@ -130,13 +133,13 @@ def decoder(args: argparse.Namespace) -> None:
         return call
 
     # Masks are thresholded: a difference in the last bit may let a query see one pixel more.
-    report("decoder, Q=150, up to 128x128", run("eager"), run("sdpa"), 5e-2, args.slow_repeats)
+    yield report("decoder, Q=150, up to 128x128", run("eager"), run("sdpa"), 5e-2, args.slow_repeats)
 
 
 PARTS = {"deformable": deformable, "dinat": dinat, "decoder": decoder}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--threads", type=int, default=1)
@@ -150,8 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     print(f"fp32, {args.threads} thread(s), torch {torch.__version__}, {machine_load()}")
     print(f"{'case':<44} {'error':>8} {'plain ms':>10} {'ours ms':>10} {'speed':>8}")
-    for part in args.parts:
-        PARTS[part](args)
+    return [show(row) for part in args.parts for row in PARTS[part](args)]
 
 
 if __name__ == "__main__":

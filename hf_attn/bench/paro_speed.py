@@ -11,6 +11,7 @@ rows; a case that fails shows no speed.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hf_attn
 from hf_attn import ops
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
 from hf_attn.call import AttentionCall, LayerContext, TokenLayout
 from hf_attn.grid import TokenGrid
 from hf_attn.mechanisms.paroattention import MECHANISM, LayerShape, ParoAttentionConfig, PlanTables, pack_bits
 from hf_attn.ops.hfattn_sparse.quantized.codes import quantize_groups
 
+FIGURES = ("speed-up", "limit", "reorder", "over fp32", "over bf16", "of bound")
 GRIDS = {4096: (8, 16, 32), 8192: (16, 16, 32)}
 
 
@@ -63,7 +66,7 @@ def check(call: AttentionCall, config: ParoAttentionConfig, limit: float) -> boo
     return float((MECHANISM(call, config)[:, :, rows].double() - exact).abs().max()) <= limit
 
 
-def attention(args: argparse.Namespace) -> None:
+def attention(args: argparse.Namespace) -> Iterator[Row]:
     """The mechanism alone; "reorder" is three permutations and the inverse one."""
     call = call_of(args, torch.float32)
     print(f"{'density':>8}{'dense':>10}{'paro':>10}{'reorder':>10}{'of dense':>10}{'speed-up':>10}{'limit':>10}")
@@ -71,7 +74,8 @@ def attention(args: argparse.Namespace) -> None:
         plan = random_plan(call.tokens.grid, 1, args.heads, args.block, density)
         config = ParoAttentionConfig(plan=plan, min_tokens=0, dense_steps=0)
         if not check(call, config, 1e-5):
-            print(f"{density:8}   check FAILED: no speed shown")
+            line = f"{density:8}   check FAILED: no speed shown"
+            yield Row(f"attention {density}", line, problem="check failed")
             continue
         entry = plan.entry(0, 0, call.tokens.grid, args.heads, 0, torch.device("cpu"))
         tensors = (call.query, call.key, call.value)
@@ -82,18 +86,20 @@ def attention(args: argparse.Namespace) -> None:
         ratio = paired_ratio(times["dense"], times["paro"])
         row = [times[name].median * 1e3 for name in functions]
         share, realised = row[2] / row[0], entry.computed / entry.visible
-        print(
+        line = (
             f"{realised:8.3f}"
             + "".join(f"{x:10.1f}" for x in row)
             + f"{share:10.1%}{ratio:10.2f}{ratio * realised:10.1%}"
         )
+        figures = {"speed-up": ratio, "limit": ratio * realised, "reorder": share}
+        yield Row(f"attention {density}", line, figures, times["dense"].spread)
 
 
 def _reorder_and_back(entry: Any, tensors: tuple[Tensor, ...]) -> Tensor:
     return entry.order.undo([entry.order.apply(x) for x in tensors][0])
 
 
-def quantized(args: argparse.Namespace) -> None:
+def quantized(args: argparse.Namespace) -> Iterator[Row]:
     """INT8 q k^T at the same mask; "codes" is the quantisation alone. Ratios to our own sparse fp32 and bf16 paths."""
     call = call_of(args, torch.float32)
     names = ("fp32", "bf16", "int8", "int8/bf16", "codes")
@@ -106,7 +112,8 @@ def quantized(args: argparse.Namespace) -> None:
         exact = ops.block_sparse_attention(*moved, entry.pattern)
         error = (ops.quantized_block_attention(*moved, entry.pattern) - exact).norm() / exact.norm()
         if error > 0.02:
-            print(f"{density:8}   check FAILED (relative error {error:.3f}): no speed shown")
+            line = f"{density:8}   check FAILED (relative error {error:.3f}): no speed shown"
+            yield Row(f"quantized {density}", line, problem=f"check failed: relative error {error:.3f}")
             continue
         functions = {
             "fp32": partial(ops.block_sparse_attention, *moved, entry.pattern),
@@ -119,44 +126,30 @@ def quantized(args: argparse.Namespace) -> None:
         ratios = [paired_ratio(times["fp32"], times["int8"]), paired_ratio(times["bf16"], times["int8/bf16"])]
         realised = entry.computed / entry.visible
         row = "".join(f"{times[name].median * 1e3:11.1f}" for name in names)
-        print(f"{realised:8.3f}{row}" + "".join(f"{ratio:11.2f}" for ratio in ratios) + f"   error {error:.4f}")
+        line = f"{realised:8.3f}{row}" + "".join(f"{ratio:11.2f}" for ratio in ratios) + f"   error {error:.4f}"
+        spread = max(times[name].spread for name in ("fp32", "bf16"))
+        yield Row(f"quantized {density}", line, dict(zip(("over fp32", "over bf16"), ratios, strict=True)), spread)
 
 
-def wan(args: argparse.Namespace) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A Wan transformer of two layers and its arguments, 8192 tokens."""
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    frames, height, width = GRIDS[args.length]
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=args.heads, attention_head_dim=args.dim, in_channels=16,
-        out_channels=16, text_dim=64, freq_dim=64, ffn_dim=args.ffn, num_layers=2,
-    ).eval()  # fmt: skip
-    inputs = {
-        "hidden_states": torch.randn(1, 16, frames, 2 * height, 2 * width),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 64, 64),
-    }
-    return model, inputs
-
-
-def model(args: argparse.Namespace) -> None:
+def model(args: argparse.Namespace) -> Iterator[Row]:
     """A whole transformer call. share: of the stock call that is self-attention, measured in the same rounds."""
-    stock, inputs = wan(args)
+    from hf_attn.bench.video_speed import inputs, random_wan  # imports diffusers, which the other tasks do not need
+
+    sizes = (args.heads, args.dim, args.ffn, 2)
+    stock, tensors = random_wan(*sizes), inputs(GRIDS[args.length])
     grid = TokenGrid(*GRIDS[args.length])
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     fast = {}
     for density in args.density:
-        twin, _ = wan(args)
-        twin.load_state_dict(stock.state_dict())
+        twin = random_wan(*sizes)
         plan = random_plan(grid, 2, args.heads, args.block, density)
         hf_attn.apply(twin, "paroattention", plan=plan, min_tokens=0, dense_steps=0, strict=True)
         fast[density] = twin
     with hf_attn.mechanism.observe(lambda m, call, config: calls.append((call.query, call.key, call.value))):
-        next(iter(fast.values()))(**inputs)
-    functions: dict[str, Any] = {"stock": partial(stock, **inputs)}
-    functions["attention"] = lambda: [scaled_dot_product_attention(*tensors) for tensors in calls[:2]]
-    functions |= {str(density): partial(twin, **inputs) for density, twin in fast.items()}
+        next(iter(fast.values()))(*tensors)
+    functions: dict[str, Any] = {"stock": partial(stock, *tensors)}
+    functions["attention"] = lambda: [scaled_dot_product_attention(*call) for call in calls[:2]]
+    functions |= {str(density): partial(twin, *tensors) for density, twin in fast.items()}
     times = interleaved(functions, repeats=args.repeats)
     share = 1 / paired_ratio(times["stock"], times["attention"])
     print(f"stock {times['stock'].median * 1e3:.0f} ms, attention {share:.1%} of it")
@@ -164,11 +157,14 @@ def model(args: argparse.Namespace) -> None:
     for density, twin in fast.items():
         realised = hf_attn.stats(twin)["totals"]["density"]
         ratio, bound = paired_ratio(times["stock"], times[str(density)]), 1 / (1 - share + share * realised)
-        print(f"{realised:8.3f}{times[str(density)].median * 1e3:9.0f}{ratio:10.2f}{bound:8.2f}{ratio / bound:10.1%}")
+        milliseconds = times[str(density)].median * 1e3
+        line = f"{realised:8.3f}{milliseconds:9.0f}{ratio:10.2f}{bound:8.2f}{ratio / bound:10.1%}"
+        figures = {"speed-up": ratio, "of bound": ratio / bound}
+        yield Row(f"model {density}", line, figures, times["stock"].spread)
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("attention", "quantized", "model"))
     parser.add_argument("--density", nargs="+", type=float, default=[0.5, 0.25])
@@ -179,11 +175,12 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=3072)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(f"{args.heads} heads x {args.dim}, {args.length} tokens, blocks of {args.block}, times in ms")
     print(f"torch {torch.__version__}, {args.threads} thread(s), {machine_load()}; limit = speed-up x density")
-    {"attention": attention, "quantized": quantized, "model": model}[args.what](args)
+    run = {"attention": attention, "quantized": quantized, "model": model}[args.what]
+    return [show(row) for row in run(args)]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,12 +20,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_attn import ops
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
 from hf_attn.call import AttentionCall, LayerContext, TokenLayout
 from hf_attn.grid import TokenGrid
 from hf_attn.mechanisms.psa import MECHANISM, PSAConfig, choose_levels
 from hf_attn.ops.hfattn_sparse.pyramid import reference
 
+FIGURES = ("speed-up", "limit")
 HEADS, DIM = 4, 64
 GRIDS = {
     length: TokenGrid(*shape)
@@ -78,15 +81,16 @@ def _reference_rows(call: AttentionCall, levels: Tensor, rows: slice, sizes: dic
     return reference.forward(query, key, value, levels, scale=call.scale, tail="replicate", **sizes)[0]
 
 
-def measure(dtype: str, density: float | None, args: argparse.Namespace) -> None:
+def measure(dtype: str, density: float | None, args: argparse.Namespace) -> Row:
+    """One line of the table."""
     call = call_of(args.length, DTYPES[dtype], args.causal)
     options = {"min_tokens": 0, "text_length": 0, "block_size": args.block, "similarity": None}
     config = PSAConfig(density=density, **options)
     share = realised(call, config)
-    name = f"{dtype:5}{'default' if density is None else density!s:>9}{share:10.3f}"
+    asked = "default" if density is None else str(density)
+    name, case = f"{dtype:5}{asked:>9}{share:10.3f}", f"{dtype} {asked}"
     if not check(call, config):
-        print(f"{name}   check FAILED: no speed shown", flush=True)
-        return
+        return Row(case, f"{name}   check FAILED: no speed shown", problem="check failed")
     plain = replace(call, tokens=TokenLayout.full(1, args.length))
     functions = {
         "dense": partial(scaled_dot_product_attention, call.query, call.key, call.value, is_causal=call.causal),
@@ -95,15 +99,15 @@ def measure(dtype: str, density: float | None, args: argparse.Namespace) -> None
     }
     times = interleaved(functions, repeats=args.repeats)
     ratio = paired_ratio(times["dense"], times["psa"])
-    print(
+    line = (
         f"{name}{times['dense'].median * 1e3:10.1f}{times['psa'].median * 1e3:10.1f}"
-        f"{times['levels'].median * 1e3:10.1f}{ratio:10.2f}{ratio * share:10.1%}",
-        flush=True,
+        f"{times['levels'].median * 1e3:10.1f}{ratio:10.2f}{ratio * share:10.1%}"
     )
+    return Row(case, line, {"speed-up": ratio, "limit": ratio * share}, times["dense"].spread)
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--density", nargs="+", type=float, default=[0.25, 0.2, 0.125])
@@ -114,7 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--clock", choices=("wall", "thread"), default="wall")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.clock == "thread":
         if args.threads != 1:
@@ -125,9 +129,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {args.threads} thread(s), {machine_load()}; limit = speed-up x density")
     names = "".join(f"{name:>10}" for name in ("realised", "dense", "psa", "levels", "speed-up", "limit"))
     print(f"{'dtype':5}{'density':>9}{names}")
-    for dtype in args.dtype:
-        for density in [None] if args.default else args.density:
-            measure(dtype, density, args)
+    densities = [None] if args.default else args.density
+    return [show(measure(dtype, density, args)) for dtype in args.dtype for density in densities]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_attn.bench.bars import results_of
 from hf_attn.bench.record import Row, read_rows
 
 # What a line of a plot is made of, and what a plot is made of.
@@ -41,7 +42,8 @@ def write_report(files: Sequence[Path], output: Path) -> list[Path]:
     if output.suffix != ".html":
         raise ValueError(f"a report is an .html file, got {output}")
     rows = read_rows(files)
-    measured = [row for row in rows if row["status"] == "ok" and row["speedup"] is not None]
+    drawn = (row for row in rows if row["level"] != "bar")
+    measured = [row for row in drawn if row["status"] == "ok" and row["speedup"] is not None]
     if not rows:
         raise ValueError(f"no rows in {', '.join(map(str, files))}; measure first: hf-attn bench op")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -148,19 +150,36 @@ COLUMNS = (
 _WORDS = ("level", "name", "variant", "dtype", "pass", "dense", "status")
 
 
+def bar_table(rows: Sequence[Row]) -> str:
+    """The speed bars among the rows, "" without one."""
+    results = results_of(rows)
+    if not results:
+        return ""
+    cells = []
+    for result in results:
+        bar, values = result.bar, " ".join(f"{value:.3g}" for value in result.values)
+        asked = f"{'<=' if bar.most else '>='} {bar.bound:g}"
+        texts = (bar.name, bar.what, asked, values, result.verdict, result.why, bar.line)
+        cells.append("<tr>" + "".join(f"<td class=text>{html.escape(text)}</td>" for text in texts) + "</tr>")
+    names = ("bar", "against", "asked", "measured", "result", "why", "command")
+    head = "".join(f"<th class=text>{name}</th>" for name in names)
+    return f"<h2>Speed bars</h2><div class=scroll><table><tr>{head}</tr>{''.join(cells)}</table></div>"
+
+
 def page(parts: Sequence[str], rows: Sequence[Row]) -> str:
     """The whole page."""
     machines = sorted({f"{r['hardware']}: torch {r['torch']}, hf-attn {r['git'] or r['hf_attn']}" for r in rows})
     head = "".join(f"<th{' class=text' if name in _WORDS else ''}>{name}</th>" for name in COLUMNS)
     body = "".join(f"<tr>{''.join(_cell(name, row[name]) for name in COLUMNS)}</tr>" for row in rows)
-    empty = "" if parts else "<p>No row has a speed to plot: see the column status.</p>"
+    bars = bar_table(rows)
+    empty = "" if parts or bars else "<p>No row has a speed to plot: see the column status.</p>"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>hf-attn bench</title>'
         f"<style>{STYLE}</style></head><body><h1>hf-attn bench</h1>"
         "<p>Speed-ups are medians of the ratios of interleaved rounds against the best dense attention of the same "
         "run. Speed-up x density is 1 for a kernel that pays nothing for being sparse. Rows whose check failed have no "
         "speed; rows with a restless dense run are left out of the plots.</p>"
-        f"<ul>{''.join(f'<li>{html.escape(m)}</li>' for m in machines)}</ul>{empty}{''.join(parts)}"
+        f"<ul>{''.join(f'<li>{html.escape(m)}</li>' for m in machines)}</ul>{empty}{bars}{''.join(parts)}"
         f"<h2>All rows</h2><div class=scroll><table><tr>{head}</tr>{body}</table></div></body></html>"
     )
 

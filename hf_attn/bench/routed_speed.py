@@ -8,16 +8,19 @@ Each case is checked first against dense attention of sampled rows in float64; a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import Timing, interleaved, machine_load, paired_ratio
 from hf_attn.ops.hfattn_sparse.routed import torch_path
 from hf_attn.ops.hfattn_sparse.routed.layout import Geometry, density
 from hf_attn.ops.hfattn_sparse.routed.routing import select_routes
+
+FIGURES = ("speed-up", "limit", "forward and backward")
 
 
 @dataclass
@@ -99,7 +102,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return peak
 
 
-def run_case(length: int, args: argparse.Namespace) -> str:
+def run_case(length: int, args: argparse.Namespace) -> Row:
     """One line of the table."""
     case = make_case(length, args)
     routes = case.route()
@@ -111,7 +114,8 @@ def run_case(length: int, args: argparse.Namespace) -> str:
     )
     error, allowed = worst_error(case, routes, out), 20 * torch.finfo(case.query.dtype).eps
     if not error <= allowed:
-        return f"{length:>7}  CHECK FAILED: error {error:.1e} > {allowed:.1e}, no speed"
+        reason = f"check failed: error {error:.1e} > {allowed:.1e}"
+        return Row(str(length), f"{length:>7}  {reason}, no speed", problem=reason)
     functions = {"dense": case.dense, "route": case.route, "forward": lambda: case.attend(routes)}
     if args.backward:
         grad = torch.randn_like(out)
@@ -126,15 +130,17 @@ def run_case(length: int, args: argparse.Namespace) -> str:
         f"{times[name].median * 1e3:>9.1f}" for name in ("dense", "route", "forward")
     )
     line += f" {ratio:>7.2f} {ratio * share:>11.2f}"
+    figures = {"speed-up": ratio, "limit": ratio * share}
     if args.backward:
         step = paired_ratio(_sum(times["dense"], times["dense_bwd"]), _sum(both, times["backward"]))
+        figures["forward and backward"] = step
         line += f" {times['dense_bwd'].median * 1e3:>9.1f} {times['backward'].median * 1e3:>9.1f} {step:>8.2f}"
     if args.memory:
         dense, routed = peak_bytes(case.dense), peak_bytes(lambda: case.attend(case.route()))
         line += f" {dense / 1e6:>9.1f} {routed / 1e6:>9.1f} {routed / dense:>7.2f}"
         if args.backward:
             line += f" {peak_bytes(lambda: case.gradients(grad, routes, out, lse)) / 1e6:>9.1f}"
-    return line
+    return Row(str(length), line, figures, times["dense"].spread)
 
 
 def _sum(first: Timing, second: Timing) -> Timing:
@@ -151,7 +157,7 @@ def header(args: argparse.Namespace) -> str:
     return line
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
@@ -173,9 +179,9 @@ def main(argv: list[str] | None = None) -> None:
         f"D={args.head_dim}, block {args.block_size}, top_k {args.top_k}, median of {args.repeats}; {machine_load()}"
     )
     print(header(args))
-    for length in args.lengths:
-        print(run_case(length, args), flush=True)
+    rows = [show(run_case(length, args)) for length in args.lengths]
     print(machine_load())
+    return rows
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,8 @@ from hf_attn.bench.timing import Timing, graph_of, interleaved
 Function = Callable[[], Any]
 # Above this spread of the dense rounds a ratio says more about the machine than about the code.
 NOISY = 0.15
+# Back ends of SDPA on CUDA.
+KINDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 # A sample repeats its function until the clock and the launch of a graph no longer show in it, in seconds.
 _SAMPLE = {"cpu": 1e-3, "cuda": 4e-3}
 _VARIABLE = "HF_ATTN_BACKEND"
@@ -61,31 +63,43 @@ class Figures:
     timer: str
 
 
-def measure(functions: dict[str, Function], device: str, *, repeats: int, graphs: bool = True) -> dict[str, Figures]:
+def measure(
+    functions: dict[str, Function],
+    device: str,
+    *,
+    repeats: int,
+    graphs: bool = True,
+    launches: bool = True,
+    sample: float | None = None,
+) -> dict[str, Figures]:
     """Interleaved times of functions, all of one round from the same machine.
 
     Args:
         functions: name -> function; each has run once already.
         repeats: counted rounds.
         graphs: on CUDA also capture each function; its `timing` is then that of the replays.
+        launches: also time functions that were captured as they are launched.
+        sample: seconds that a sample takes at least, by repeating its function; default 1 ms, on CUDA 4 ms.
     """
     cuda = device.startswith("cuda")
     runs: dict[tuple[str, str], Function] = {}
     for name, function in functions.items():
-        runs[name, "eager"] = function
         replay = graph_of(function) if cuda and graphs else None
         if replay is not None:
             runs[name, "graph"] = replay
+        if replay is None or launches:
+            runs[name, "eager"] = function
     wait = torch.cuda.synchronize if cuda else lambda: None
     pilot = interleaved(runs, repeats=1, synchronize=wait)
-    counts = {key: max(1, round(_SAMPLE["cuda" if cuda else "cpu"] / t.median)) for key, t in pilot.items()}
+    least = sample or _SAMPLE["cuda" if cuda else "cpu"]
+    counts = {key: max(1, round(least / t.median)) for key, t in pilot.items()}
     repeated = {key: partial(_repeat, run, counts[key]) for key, run in runs.items()}
     found = interleaved(repeated, repeats=repeats, warmup=1, synchronize=wait)
     times = {key: Timing(tuple(s / counts[key] for s in t.samples)) for key, t in found.items()}
     result = {}
     for name in functions:
         if (name, "graph") in times:
-            result[name] = Figures(times[name, "graph"], times[name, "eager"], "cuda graph")
+            result[name] = Figures(times[name, "graph"], times.get((name, "eager")), "cuda graph")
         else:
             result[name] = Figures(times[name, "eager"], None, "wall, device synchronized" if cuda else "wall")
     return result
@@ -157,8 +171,10 @@ def best_dense(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, backw
     return name, candidates[name]
 
 
-def dense_candidates(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, backward: bool) -> dict[str, Function]:
-    """Every dense attention that runs: layouts (grouped, expanded, folded) times the back ends of SDPA on CUDA."""
+def dense_candidates(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, backward: bool, kinds: Sequence[str] = KINDS
+) -> dict[str, Function]:
+    """Every dense attention that runs: layouts (grouped, expanded, folded) times back ends of SDPA on CUDA."""
     group = query.shape[1] // key.shape[1]
     single = query.shape[2] == 1
     causal = causal and not single
@@ -172,7 +188,6 @@ def dense_candidates(query: Tensor, key: Tensor, value: Tensor, *, causal: bool,
             layouts["sdpa folded"] = [query.unflatten(1, (-1, group)).squeeze(3), key, value], {}
     names = {"": None}
     if query.is_cuda:
-        kinds = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
         names = {f" {kind.split('_')[0].lower()}": getattr(SDPBackend, kind) for kind in kinds}
     found: dict[str, Function] = {}
     for layout, (tensors, options) in layouts.items():

@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from hf_attn.bench.figures import Row, show
+from hf_attn.bench.timing import Timing
 from hf_attn.ops import selective_scan
 
+FIGURES = ("speed-up", "growth")
 PATHS = 4  # orders in which LaMamba-Diff reads an image
 
 
@@ -59,8 +62,10 @@ def measure(batch: int, length: int, channels: int, size: int, repeats: int) -> 
         difference = (by_transformers(*tensors) - selective_scan(*tensors)).abs().max()
     rounds = rounds[1:]  # the first one warms up
     names = ("transformers", "ours", "with_backward")
+    spread = Timing(tuple(r[0] for r in rounds)).spread
     result = {n: 1e3 * statistics.median(x) for n, x in zip(names, zip(*rounds, strict=True), strict=True)}
-    return result | {"ratio": statistics.median(r[0] / r[1] for r in rounds), "difference": float(difference)}
+    ratio = statistics.median(r[0] / r[1] for r in rounds)
+    return result | {"ratio": ratio, "difference": float(difference), "spread": spread}
 
 
 def growth(repeats: int) -> float:
@@ -85,7 +90,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024)
@@ -93,16 +98,20 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16], help="state sizes")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     print("| n | transformers ms | ours ms | ratio | ours fwd+bwd ms | difference |\n|---|---|---|---|---|---|")
+    rows = []
     for size in arguments.sizes:
         row = measure(arguments.batch, arguments.length, arguments.channels, size, arguments.repeats)
-        print(
+        line = (
             f"| {size} | {row['transformers']:.1f} | {row['ours']:.2f} | {row['ratio']:.1f}x | "
             f"{row['with_backward']:.1f} | {row['difference']:.0e} |"
         )
-    print(f"forward at side 64 / side 32: {growth(arguments.repeats):.2f}")
+        rows.append(show(Row(f"n = {size}", line, {"speed-up": row["ratio"]}, row["spread"])))
+    larger = growth(arguments.repeats)
+    rows.append(show(Row("side 64 over 32", f"forward at side 64 / side 32: {larger:.2f}", {"growth": larger})))
+    return rows
 
 
 if __name__ == "__main__":

@@ -57,39 +57,6 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-def device_times(functions: dict[str, Callable[[], object]], *, repeats: int = 7, warmup: int = 2) -> dict[str, Timing]:
-    """Interleaved times on the GPU: each function is captured in a graph, so that the host's launches do not count.
-
-    A function that cannot be captured is called as it is. Short ones are replayed several times a sample. Each has run
-    once before, so that nothing is compiled here.
-    """
-    import torch
-
-    runs, times = {}, {}
-    for name, function in functions.items():
-        runs[name] = graph_of(function) or function
-        runs[name]()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        runs[name]()
-        torch.cuda.synchronize()
-        times[name] = time.perf_counter() - start
-    # A sample of a millisecond stands clear of what waiting for the device costs.
-    turns = {name: max(1, min(50, round(1e-3 / seconds))) for name, seconds in times.items()}
-
-    def sample(name: str) -> Callable[[], None]:
-        def several() -> None:
-            for _ in range(turns[name]):
-                runs[name]()
-
-        return several
-
-    found = interleaved(
-        {n: sample(n) for n in runs}, repeats=repeats, warmup=warmup, synchronize=torch.cuda.synchronize
-    )
-    return {name: Timing(tuple(s / turns[name] for s in timing.samples)) for name, timing in found.items()}
-
-
 def graph_of(function: Callable[[], object]) -> Callable[[], object] | None:
     """Replays of the function captured as a CUDA graph, None where it waits for the device or cannot be captured."""
     import torch

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_attn
+from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import Timing, interleaved, machine_load, paired_ratio
 from hf_attn.bench.video_quality import parse_options
 from hf_attn.call import AttentionCall, LayerContext, TokenLayout
@@ -38,6 +40,7 @@ from hf_attn.mechanism import (
     unregister_mechanism,
 )
 
+FIGURES = ("speed-up", "of bound", "time")
 # Heads, head dimension, width of the feed-forward. Three layers: one of every partition of VMoBA.
 MODELS = {"wan": (4, 128, 3072), "small": (2, 64, 512)}
 LAYERS = 3
@@ -55,11 +58,15 @@ NOTHING = Mechanism(
 
 def wan(name: str) -> WanTransformer3DModel:
     """A Wan transformer with random weights."""
-    heads, dim, width = MODELS[name]
+    return random_wan(*MODELS[name], LAYERS)
+
+
+def random_wan(heads: int, dim: int, width: int, layers: int) -> WanTransformer3DModel:
+    """A Wan transformer of any size, `width` that of its feed-forward, always with the same random weights."""
     torch.manual_seed(0)
     return WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=dim, in_channels=16, out_channels=16,
-        text_dim=64, freq_dim=64, ffn_dim=width, num_layers=LAYERS,
+        text_dim=64, freq_dim=64, ffn_dim=width, num_layers=layers,
     ).eval()  # fmt: skip
 
 
@@ -82,21 +89,26 @@ def split(text: str) -> tuple[str, dict[str, Any]]:
     return name, parse_options([f"{name}.{option}" for option in options]).get(name, {})
 
 
-def measure_model(args: argparse.Namespace, density: float | None) -> None:
-    """A line for every mechanism."""
+def measure_model(args: argparse.Namespace) -> Iterator[Row]:
+    """A line for every density and mechanism, all of them and the stock model in the same rounds."""
     stock, call = wan(args.model), inputs(GRIDS[args.length])
     rest = with_mechanism(stock, "nothing", SPARSE)
-    for text in args.mechanism:
-        name, options = split(text)
-        sparse = with_mechanism(stock, name, _options(args, density) | options)
-        models = {"stock": stock, "sparse": sparse, "rest": rest}
-        times = interleaved({key: partial(model, *call) for key, model in models.items()}, repeats=args.repeats)
-        found = hf_attn.stats(sparse)["totals"]
-        share = 1 - paired_ratio(times["rest"], times["stock"])
-        _print(text, density, 1.0 if found["density"] is None else found["density"], times, share)
+    sparse = {}
+    for density in _densities(args):
+        for text in args.mechanism:
+            name, options = split(text)
+            sparse[text, density] = with_mechanism(stock, name, _options(args, density) | options)
+    models: dict[Any, WanTransformer3DModel] = {"stock": stock, "rest": rest, **sparse}
+    times = interleaved({key: partial(model, *call) for key, model in models.items()}, repeats=args.repeats)
+    share = 1 - paired_ratio(times["rest"], times["stock"])
+    for (text, density), model in sparse.items():
+        found = hf_attn.stats(model)["totals"]
+        realised = 1.0 if found["density"] is None else found["density"]
+        pair = {"stock": times["stock"], "sparse": times[text, density]}
+        yield _row(f"{text} {density or 'default'}", text, density, realised, pair, share)
 
 
-def measure_attention(args: argparse.Namespace, density: float | None) -> None:
+def measure_attention(args: argparse.Namespace) -> Iterator[Row]:
     """A line for every mechanism and layer: attention is all there is."""
     heads, dim, _ = MODELS[args.model]
     dim = args.head_dim or dim
@@ -106,7 +118,7 @@ def measure_attention(args: argparse.Namespace, density: float | None) -> None:
         torch.randn(1, args.length, args.heads or heads, dim, generator=generator).transpose(1, 2) for _ in range(3)
     )
     tokens = TokenLayout(1, args.length, args.length, grid=TokenGrid(*GRIDS[args.length]))
-    for text in args.mechanism:
+    for density, text in itertools.product(_densities(args), args.mechanism):
         name, options = split(text)
         mechanism = get_mechanism(name)
         config = mechanism.config.from_dict(_options(args, density) | options)
@@ -117,32 +129,37 @@ def measure_attention(args: argparse.Namespace, density: float | None) -> None:
             dense = partial(scaled_dot_product_attention, query, key, value)
             times = interleaved({"stock": dense, "sparse": partial(mechanism, call, config)}, repeats=args.repeats)
             realised = float(seen["computed"] / seen["visible"]) if "computed" in seen else 1.0
-            _print(f"{text} ({seen['path']})", density, realised, times, 1.0)
+            case = f"{text} {density or 'default'} layer {layer}"
+            yield _row(case, f"{text} ({seen['path']})", density, realised, times, 1.0)
+
+
+def _densities(args: argparse.Namespace) -> list[float | None]:
+    return [None] if args.default else args.density
 
 
 def _options(args: argparse.Namespace, density: float | None) -> dict[str, Any]:
     return ({} if args.default else SPARSE) | ({} if density is None else {"density": density})
 
 
-def _print(text: str, density: float | None, realised: float, times: dict[str, Timing], share: float) -> None:
+def _row(case: str, text: str, density: float | None, realised: float, times: dict[str, Timing], share: float) -> Row:
     bound = 1 / (1 - share + share * realised)
     ratio = paired_ratio(times["stock"], times["sparse"])
-    print(
+    line = (
         f"{text:<42}{density or '-':>7}{realised:>9.3f}{times['stock'].median * 1e3:>8.0f}"
-        f"{times['sparse'].median * 1e3:>8.0f}{share:>6.2f}{ratio:>9.2f}{bound:>7.2f}{ratio / bound:>7.0%}",
-        flush=True,
+        f"{times['sparse'].median * 1e3:>8.0f}{share:>6.2f}{ratio:>9.2f}{bound:>7.2f}{ratio / bound:>7.0%}"
     )
+    figures = {"speed-up": ratio, "of bound": ratio / bound, "time": 1 / ratio}
+    return Row(case, line, figures, times["stock"].spread)
 
 
-def _list(run: Callable[[argparse.Namespace, float | None], None], args: argparse.Namespace) -> None:
+def _list(run: Callable[[argparse.Namespace], Iterator[Row]], args: argparse.Namespace) -> list[Row]:
     names = ("density", 7), ("realised", 9), ("stock", 8), ("sparse", 8), ("a", 6), ("speed-up", 9), ("bound", 7)
     print(f"{'mechanism':<42}{''.join(f'{name:>{width}}' for name, width in names)}{'of it':>7}")
-    for density in [None] if args.default else args.density:
-        run(args, density)
+    return [show(row) for row in run(args)]
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mechanism", nargs="+", default=["vmoba", "vmoba scope=head_global"])
     parser.add_argument("--density", nargs="+", type=float, default=[0.2, 0.125])
@@ -154,7 +171,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, help="of --attention, if not the model's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     what = "attention of a layer" if args.attention else "transformer call"
     print(
@@ -162,11 +179,10 @@ def main() -> None:
     )
     print(machine_load())
     if args.attention:
-        _list(measure_attention, args)
-        return
+        return _list(measure_attention, args)
     register_mechanism(NOTHING)
     try:
-        _list(measure_model, args)
+        return _list(measure_model, args)
     finally:
         unregister_mechanism("nothing")
 

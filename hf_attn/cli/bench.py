@@ -19,6 +19,7 @@ from hf_attn.analysis.texts import python_reference_text, token_windows
 from hf_attn.bench import decode as decoding
 from hf_attn.bench import prefill_speed
 from hf_attn.bench.models import load_language_model, random_layers
+from hf_attn.bench.serving_speed import LSERVE
 from hf_attn.bench.timing import machine_load
 from hf_attn.cli.bench_bars import bars
 from hf_attn.cli.bench_common import ListOptions
@@ -26,7 +27,7 @@ from hf_attn.cli.bench_levels import mask, op, peer
 from hf_attn.cli.bench_model import model
 from hf_attn.cli.bench_report import report
 from hf_attn.cli.common import NumberLists, console, one_clear_line, parse_integers, parse_options, progress_line
-from hf_attn.cli.decode_tables import LSERVE, decode_notes, decode_table, head_options, prefill_table
+from hf_attn.cli.decode_tables import decode_notes, decode_table, head_options, prefill_table
 
 bench = typer.Typer(no_args_is_help=True)
 

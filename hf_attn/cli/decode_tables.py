@@ -10,10 +10,9 @@ import hf_attn
 from hf_attn.analysis.head_classes import HeadCalibration
 from hf_attn.analysis.head_files import lserve_options
 from hf_attn.bench import decode, prefill_speed
+from hf_attn.bench.serving_speed import LSERVE
 from hf_attn.cli.common import console, progress_line
 
-# The settings that speeds of short contexts are stated for; the mechanism's own defaults are for longer ones.
-LSERVE = {"token_budget": 1024, "ctx_sink": 64, "ctx_local": 256, "dec_sink": 64, "dec_local": 256}
 MIB = 1 << 20
 
 

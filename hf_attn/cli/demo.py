@@ -24,9 +24,10 @@ from hf_attn.bench import decode as decoding
 from hf_attn.bench.long_text import QUESTION, prompt_of_length
 from hf_attn.bench.models import load_language_model
 from hf_attn.bench.prefill import greedy_answer, prefill, run_body
+from hf_attn.bench.serving_speed import LSERVE
 from hf_attn.bench.timing import machine_load
 from hf_attn.cli.common import console, one_clear_line, parse_integers, progress_line
-from hf_attn.cli.decode_tables import LSERVE, decode_notes, decode_table, head_options
+from hf_attn.cli.decode_tables import decode_notes, decode_table, head_options
 
 STREAMING = {"num_sinks": 4, "window": 896, "block_size": 128}
 # min_seq_len=0: the table shows what the mechanism does, also at lengths where it would rather stay dense.

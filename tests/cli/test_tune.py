@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from hf_attn.bench import tuning, tuning_gpu
 from hf_attn.bench.kernel_calls import CALLS, Shape
-from hf_attn.bench.timing import Timing, interleaved
+from hf_attn.bench.timing import Timing
 from hf_attn.cli.app import app
 from hf_attn.ops.hfattn_sparse import launch
 
@@ -241,7 +241,7 @@ def test_the_device_at_hand_compares_and_times(monkeypatch):
         pytest.skip("needs the interpreter")
     device = object.__new__(tuning_gpu.Gpu)
     device.target, device.repeats, device._inputs = "interpreter", 7, None
-    monkeypatch.setattr(tuning_gpu, "device_times", interleaved)
+    monkeypatch.setattr(tuning_gpu.Gpu, "clock", "cpu")
     shape = Shape(torch.float32, 8, q_len=130, k_len=260, heads=1, kv_heads=1, device="cpu")
     task = tuning.Task("block_means", "float32", 8, CALLS[0], shape)
     configs = [{"CHUNK": 64, "num_warps": 4}, {"CHUNK": 128, "num_warps": 4}]
