@@ -150,7 +150,7 @@ class LandmarkStore(LayerStore):
         return keys, values
 
     def _first_blocks(self, rows: int, heads: int) -> Tensor:
-        """int64 `[B, Hq, 1, 1]`: number of the first block of each row and query head among all; kept until it grows."""
+        """int64 `[B, Hq, 1, 1]`: number of the first block of each row and query head among all blocks."""
         room, place = self._keys.shape[2], self._keys.device
         key = rows, heads, room, place
         if self._firsts is None or self._firsts[0] != key:
