@@ -42,6 +42,7 @@ class LandmarkStore(LayerStore):
         self._open_value: Tensor | None = None
         self._held: tuple[Tensor, Tensor, Any, Any] | None = None
         self.fetched_bytes = 0
+        self._firsts: tuple[tuple, Tensor] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -83,17 +84,21 @@ class LandmarkStore(LayerStore):
         """
         raise ValueError("a landmark cache is read by landmark layers alone; use a DynamicCache for other attention")
 
-    @outliving
     def hold(self, key: Tensor, value: Tensor, chunk: Any, rotary: Any) -> None:
         """Take note of a chunk's keys and values `[B, H, M, D]` (new tokens at the right) until `commit`."""
         self.check(key, value)
         if self._open_key is None:
-            rows, heads, _, dim = key.shape
-            self.batch = rows
-            self._open_key = key.new_zeros(rows, heads, self.block_size, dim)
-            self._open_value = value.new_zeros(rows, heads, self.block_size, value.shape[3])
-            self.blocks, self.open_lengths, self.dropped = [0] * rows, [0] * rows, [0] * rows
+            self._open(key, value)
         self._held = (key.detach(), value.detach(), chunk, rotary)
+
+    @outliving
+    def _open(self, key: Tensor, value: Tensor) -> None:
+        """Make the first open block."""
+        rows, heads, _, dim = key.shape
+        self.batch = rows
+        self._open_key = key.new_zeros(rows, heads, self.block_size, dim)
+        self._open_value = value.new_zeros(rows, heads, self.block_size, value.shape[3])
+        self.blocks, self.open_lengths, self.dropped = [0] * rows, [0] * rows, [0] * rows
 
     def local(self, key: Tensor, value: Tensor, chunk: Any) -> tuple[Tensor, Tensor, list[int]]:
         """Open block and chunk `[B, H, W, D]`, rows at the left, and their lengths."""
@@ -138,29 +143,35 @@ class LandmarkStore(LayerStore):
         """`[B, H, count, D]`, turned by their place in the block; rows with fewer blocks hold anything finite."""
         return self._complete[2][:, :, :count]
 
-    def fetch(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def fetch(self, ids: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Blocks `[B, Hq, R, k, b, D]`, on the device, for ids int64 `[B, Hq, R, k]`; zeros where not valid."""
-        device = ids.device
-        group = ids.shape[1] // self.heads
         held_keys, held_values, _ = self._complete
-        place, room = held_keys.device, held_keys.shape[2]
-        rows = torch.arange(ids.shape[0], device=place)[:, None, None, None]
-        heads = torch.arange(ids.shape[1], device=place)[:, None, None] // group
+        device, place = ids.device, held_keys.device
         # Whole blocks by one number each, as rows of a matrix: several times faster than by row, head and block.
-        flat = (torch.where(valid, ids, 0).to(place) + (rows * self.heads + heads) * room).flatten()
+        wanted = ids if valid is None else torch.where(valid, ids, 0)
+        flat = (wanted.to(place) + self._first_blocks(*ids.shape[:2])).flatten()
         keys, values = (
-            tensor.flatten(0, 2)
-            .flatten(1)
+            tensor.view(-1, tensor.shape[3] * tensor.shape[4])
             .index_select(0, flat)
             .view(*ids.shape, *tensor.shape[3:])
             .to(device, non_blocking=True)
             for tensor in (held_keys, held_values)
         )
         self.fetched_bytes = max(self.fetched_bytes, sum(x.numel() * x.element_size() for x in (keys, values)))
-        if not bool(valid.all()):
+        if valid is not None and not bool(valid.all()):
             for tensor in (keys, values):
                 tensor.masked_fill_(~valid[..., None, None], 0)
         return keys, values
+
+    def _first_blocks(self, rows: int, heads: int) -> Tensor:
+        """int64 `[B, Hq, 1, 1]`: number of the first block of each row and query head among all blocks."""
+        room, place = self._keys.shape[2], self._keys.device
+        key = rows, heads, room, place
+        if self._firsts is None or self._firsts[0] != key:
+            row = torch.arange(rows, device=place)[:, None, None, None] * self.heads
+            head = torch.arange(heads, device=place)[:, None, None] // (heads // self.heads)
+            self._firsts = key, (row + head) * room
+        return self._firsts[1]
 
     def crop(self, count: int) -> None:
         """Not possible beyond the open block, whose tokens have landmarks that hosts do not count.

@@ -12,7 +12,7 @@ from hf_attn.call import AttentionCall
 from hf_attn.mechanism import Capabilities, Mechanism, MechanismConfig
 from hf_attn.ops import dense_attention, head_routed_attention
 from hf_attn.ops.backend import choose_path
-from hf_attn.ops.head_routed import check_heads, choose_top_k, routes_dense
+from hf_attn.ops.head_routed import check_heads, choose_top_k, routes_dense, zero_unchosen
 
 
 @dataclass
@@ -51,7 +51,7 @@ def attend(call: AttentionCall, config: MoHConfig) -> Tensor:
     if call.layer.recording:
         _record(call, heads, path)
     if call.tokens.dense is not None or call.tokens.window is not None:
-        return dense_attention(call).masked_fill(~heads[..., None], 0)
+        return zero_unchosen(dense_attention(call), heads)
     tokens = None if call.tokens.is_plain else call.tokens
     return head_routed_attention(
         call.query, call.key, call.value, heads, causal=call.causal, scale=call.scale, tokens=tokens

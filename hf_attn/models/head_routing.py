@@ -6,6 +6,7 @@ so a finished model's parts change class afterwards instead of being built a sec
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class RoutedAttention(HostAttention):
         function = ALL_ATTENTION_FUNCTIONS.get_interface(name, fallback)
         out, weights = function(self, query, key, value, mask, scaling=self.scaling, **kwargs)
         self.routed_heads = None
+        if routing.binary and name == SKIPPING:
+            return out, weights
         return out * routing.gates[..., None].to(out.dtype), weights
 
 
@@ -126,12 +129,12 @@ class HeadRoutedHead(CardOnPush):
         soft = config.moh_router == "learned" and config.moh_router_scaling != "quantized"
         form = config.moh_aux_form or ("code" if soft else "paper")
         for routing in (attention.routing for attention in self.routed_attentions()):
-            if routing is None or routing.prob is None or routing.chosen is None:
+            if routing is None or routing.scores is None or routing.chosen is None:
                 continue
-            real = None
+            real, prob = None, routing.prob
             if isinstance(mask, Tensor) and mask.dim() == 2:
-                real = mask[:, -routing.prob.shape[1] :].bool().to(routing.prob.device)
-            terms.append(load_balance(routing.prob, routing.chosen, form=form, real=real))
+                real = mask[:, -prob.shape[1] :].bool().to(prob.device)
+            terms.append(load_balance(prob, routing.chosen, form=form, real=real))
         return torch.stack([term.to(terms[0].device) for term in terms]).mean() if terms else None
 
     def add_load_balance(self, loss: Tensor | None, mask: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -194,6 +197,6 @@ def new_router(config: Any, shared: list[int], top_k: int, count: int) -> nn.Mod
 
 
 def _detached(routing: HeadRouting | None) -> HeadRouting | None:
-    if routing is None or routing.prob is None or not routing.prob.requires_grad:
+    if routing is None or routing.scores is None or not routing.scores.requires_grad:
         return routing
-    return HeadRouting(routing.gates.detach(), routing.heads, routing.chosen, routing.prob.detach())
+    return replace(routing, gates=routing.gates.detach(), scores=routing.scores.detach())

@@ -7,7 +7,7 @@ token chooses `top_k`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,31 @@ class HeadRouting:
         gates: `[B, N, H]`, factor on each head's output; 0 for heads that are not chosen.
         heads: bool `[B, N, H]`, heads that must be computed.
         chosen: bool `[B, N, E]`, choice among the routed heads, ascending; None without routed heads.
-        prob: `[B, N, E]`, fp32 softmax over the routed heads; None without routed heads.
+        scores: `[B, N, E]`, fp32, what the choice compares; None without routed heads.
+        standardized: whether `prob` divides the scores by their standard deviation over the routed heads.
+        binary: whether the gates are exactly `heads`, and carry no gradient.
     """
 
     gates: Tensor
     heads: Tensor
     chosen: Tensor | None
-    prob: Tensor | None
+    scores: Tensor | None
+    standardized: bool = False
+    binary: bool = False
+
+    @property
+    def prob(self) -> Tensor | None:
+        """`[B, N, E]`, softmax of the scores; None without routed heads. Computed when asked for: only losses do."""
+        if self.scores is None:
+            return None
+        return softened(self.scores, standardized=self.standardized)
+
+
+def softened(scores: Tensor, *, standardized: bool = False) -> Tensor:
+    """Softmax over the last dimension; `standardized` divides the scores by their standard deviation (MoH, eq. 9)."""
+    if standardized:
+        scores = scores / scores.std(-1, keepdim=True).clamp(min=1e-6)
+    return scores.softmax(-1)
 
 
 def straight_through(mask: Tensor, prob: Tensor, ste: str) -> Tensor:
@@ -96,13 +114,12 @@ class QueryNormRouter(nn.Module):
         if not self.routed:
             ones = torch.ones(*query.shape[:3], device=query.device)
             return HeadRouting(ones, ones.bool(), None, None)
-        prob = (norm / norm.std(-1, keepdim=True).clamp(min=1e-6)).softmax(-1)
-        chosen = choose_top_k(norm, self.top_k)
-        routing = quantized(prob, chosen, self.shared, self.routed, self.ste if self.training else "selected")
+        ste = self.ste if self.training else "selected"
+        routing = quantized(norm, self.top_k, self.shared, self.routed, ste, standardized=True)
         if self.group == 1:
             return routing
         gates, heads = (x.repeat_interleave(self.group, -1) for x in (routing.gates, routing.heads))
-        return HeadRouting(gates, heads, routing.chosen, routing.prob)
+        return replace(routing, gates=gates, heads=heads)
 
 
 class LearnedRouter(nn.Module):
@@ -145,8 +162,7 @@ class LearnedRouter(nn.Module):
                 gates = torch.zeros(*hidden.shape[:2], self.num_heads, device=hidden.device)
                 gates[..., self.shared] = 1.0
                 return HeadRouting(gates, gates.bool(), None, None)
-            prob, ste = scores.softmax(-1), self.ste if self.training else "selected"
-            return quantized(prob, choose_top_k(scores, self.top_k), self.shared, self.routed, ste)
+            return quantized(scores, self.top_k, self.shared, self.routed, self.ste if self.training else "selected")
         return self._soft(hidden, scores)
 
     def _soft(self, hidden: Tensor, scores: Tensor | None) -> HeadRouting:
@@ -170,18 +186,23 @@ class LearnedRouter(nn.Module):
                 kept = kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).eps) * self.top_k
             gates[..., self.routed] = kept if stages is None else kept * stages[..., 1:]
             heads[..., self.routed] = chosen
-        return HeadRouting(gates, heads, chosen, prob)
+        return HeadRouting(gates, heads, chosen, scores)
 
 
-def quantized(prob: Tensor, chosen: Tensor, shared: list[int], routed: list[int], ste: str) -> HeadRouting:
+def quantized(
+    scores: Tensor, top_k: int, shared: list[int], routed: list[int], ste: str, *, standardized: bool = False
+) -> HeadRouting:
     """Routing in which shared and chosen heads weigh exactly 1, with a straight-through gradient to `prob`.
 
-    prob and chosen: `[B, N, E]` over the routed heads; shared and routed: numbers of heads.
+    scores: `[B, N, E]` over the routed heads; shared and routed: numbers of heads.
     """
-    count = len(shared) + len(routed)
-    gates = torch.ones(*prob.shape[:-1], count, device=prob.device, dtype=prob.dtype)
-    heads = torch.ones(*prob.shape[:-1], count, device=prob.device, dtype=torch.bool)
-    gates[..., routed] = straight_through(chosen.to(prob.dtype), prob, ste)
-    if ste == "selected":
-        heads[..., routed] = chosen
-    return HeadRouting(gates, heads, chosen, prob)
+    chosen = choose_top_k(scores, top_k)
+    heads = torch.ones(*scores.shape[:-1], len(shared) + len(routed), device=scores.device, dtype=torch.bool)
+    heads.index_copy_(-1, torch.tensor(routed, device=scores.device), chosen)
+    if not (torch.is_grad_enabled() and scores.requires_grad) and ste == "selected":
+        return HeadRouting(heads.to(scores.dtype), heads, chosen, scores, standardized, binary=True)
+    gates = torch.ones(heads.shape, device=scores.device, dtype=scores.dtype)
+    gates[..., routed] = straight_through(chosen.to(scores.dtype), softened(scores, standardized=standardized), ste)
+    if ste == "all":
+        heads = torch.ones_like(heads)
+    return HeadRouting(gates, heads, chosen, scores, standardized)

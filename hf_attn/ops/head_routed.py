@@ -66,9 +66,10 @@ def head_routed_attention(
     if index is None and routes_dense(query, key, value, heads):
         count("head_routed_attention", f"{path}: dense")
         layout = TokenLayout.full(query.shape[0], query.shape[2], key.shape[2])
-        out = dense_attention(AttentionCall(query, key, value, scale, causal, layout))
-        return out.masked_fill(~heads[..., None], 0)
-    return attend(query, key, value, heads, index, causal, scale, may_go_dense())[0]
+        return zero_unchosen(dense_attention(AttentionCall(query, key, value, scale, causal, layout)), heads)
+    # On CPUs that was decided above, for full rows; what counts as short is counted once.
+    decided = index is None and query.device.type == "cpu" and not torch.compiler.is_compiling()
+    return attend(query, key, value, heads, index, causal, scale, may_go_dense() and not decided)[0]
 
 
 def routes_dense(query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> bool:
@@ -86,7 +87,22 @@ def routes_dense(query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> bo
         return trains or (torch.version.hip is None and torch.cuda.get_device_capability(query.device)[0] >= 9)
     if query.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return torch_path.prefers_dense(heads, key.shape[2])
+    return torch_path.prefers_dense(heads, key)
+
+
+def zero_unchosen(out: Tensor, heads: Tensor) -> Tensor:
+    """out `[B, Hq, Nq, Dv]`, with zeros where `heads` `[B, Hq, Nq]` is False; in place where nothing needs the old out.
+
+    Rows are written whole: to mask elements takes five times as long.
+    """
+    if out.is_contiguous():
+        rows, unchosen = out, ~heads
+    else:
+        rows, unchosen = out.transpose(1, 2), ~heads.transpose(1, 2)
+    if out.device.type != "cpu" or out.requires_grad or torch.compiler.is_compiling() or not rows.is_contiguous():
+        return out.masked_fill(~heads[..., None], 0)
+    rows.view(-1, out.shape[3]).index_fill_(0, unchosen.flatten().nonzero()[:, 0], 0)
+    return out
 
 
 def choose_top_k(scores: Tensor, top_k: int) -> Tensor:
@@ -94,8 +110,25 @@ def choose_top_k(scores: Tensor, top_k: int) -> Tensor:
 
     scores: `[..., E]`.
     """
+    if scores.device.type == "cpu" and 2048 <= scores.numel() and scores.shape[-1] <= 12:
+        return _choose_few(scores.detach(), top_k)
     order = scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def _choose_few(scores: Tensor, top_k: int) -> Tensor:
+    """As `choose_top_k`, by all pairs: of few entries those that are beaten by less than `top_k` others.
+
+    Each comparison runs over all tokens at once, which sorting does not.
+    """
+    entries = scores.movedim(-1, 0).contiguous()
+    count = len(entries)
+    # wins[i, j] of i < j: entry i is not below entry j, so that it goes first.
+    later = torch.ones(count, count, dtype=torch.bool).triu(1).view(count, count, *[1] * (scores.dim() - 1))
+    wins = (entries[:, None] >= entries) & later
+    beaten = wins.sum(0, dtype=torch.int8) - wins.sum(1, dtype=torch.int8)
+    limits = torch.arange(top_k - count + 1, top_k + 1, dtype=torch.int8)
+    return (beaten < limits.view(-1, *[1] * (scores.dim() - 1))).movedim(0, -1)
 
 
 def check_heads(shared: Sequence[int], top_k: int, num_heads: int, *, router: str, name: str = "moh_") -> None:

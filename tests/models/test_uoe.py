@@ -109,6 +109,59 @@ def test_a_cache_of_chosen_tokens(model_type):
     assert torch.equal(model.generate(ids, attention_mask=mask, **fresh, **arguments), expected)
 
 
+@pytest.mark.parametrize("model_type", HOSTS)
+@torch.no_grad()
+def test_experts_that_share_a_kv_head(model_type, tmp_path):
+    """One query head an expert: dense when all are chosen, the definition otherwise, and every cache gives it too."""
+    base, ids = host(model_type), tokens(2, 12)
+    heads, kv_heads = base.config.num_attention_heads, base.config.num_key_value_heads
+    assert heads > kv_heads
+    whole = hf_attn.convert(base, "uoe", attn_top_k=heads, kv_shared=True)
+    assert whole.model.layers[0].self_attn.uoe_gate.out_features == heads
+    torch.testing.assert_close(whole(ids).logits, base(ids).logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(merge_to_dense(whole)(ids).logits, base(ids).logits)
+
+    model = converted(model_type, attn_top_k=heads // 2, mlp_top_k=None, kv_shared=True, always_select_first=0)
+    with torch.no_grad():  # a twin with a KV head of its own for every query head
+        config = type(base.config)(**{**base.config.to_dict(), "num_key_value_heads": heads})
+        twin = type(base)(config)
+        weights = base.state_dict()
+        for name, weight in weights.items():
+            if ".k_proj." in name or ".v_proj." in name:
+                parts = weight.unflatten(0, (kv_heads, -1))
+                weights[name] = parts.repeat_interleave(heads // kv_heads, 0).flatten(0, 1)
+        twin.load_state_dict(weights)
+        twin = hf_attn.convert(twin.eval(), "uoe", attn_top_k=heads // 2, always_select_first=0)
+        for name, weight in model.named_parameters():
+            if "uoe_gate" in name:
+                twin.get_parameter(name).copy_(weight)
+    want = twin(ids).logits
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-5, atol=1e-5)
+    name = cache_argument(model)
+    for cache in (UoeCache(model.config), StaticCache(config=model.config, max_cache_len=16), None):
+        if cache is None:
+            first = model(ids[:, :5], use_cache=True)
+            cache, parts = getattr(first, name), [first.logits]
+        else:
+            parts = [model(ids[:, :5], **{name: cache}).logits]
+        parts += [model(ids[:, a:b], **{name: cache}).logits for a, b in ((5, 9), (9, 10), (10, 12))]
+        torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_shared_kv_head_keeps_the_tokens_of_any_expert():
+    model, ids = converted(attn_top_k=1, mlp_top_k=None, kv_shared=True, always_select_first=0), tokens(2, 12)
+    cache = UoeCache(model.config)
+    model.train()  # keeps the routing
+    model(ids, **{cache_argument(model): cache})
+    for layer, store in zip(model.model.layers, (layer.store for layer in cache.layers), strict=True):
+        selected = layer.self_attn.routing.selected.transpose(1, 2)
+        union = selected.unflatten(1, (model.config.num_key_value_heads, -1)).any(2)
+        assert store.entries() == int(union.sum()) < union.numel()
+
+
 @torch.no_grad()
 def test_generation_with_and_without_a_cache():
     model, ids = converted(), tokens(2, 9)
@@ -300,6 +353,8 @@ def experts_of_heads(**options):
         ({"attn_top_k": 0}, "uoe_attn_top_k"),
         ({"mlp_experts": 5, "mlp_top_k": 2}, "must divide intermediate_size"),
         ({"attn_experts": 3, "attn_top_k": 1}, "must divide the 2 KV heads"),
+        ({"attn_experts": 4, "attn_top_k": 1}, "kv_shared=True lets experts share"),
+        ({"attn_experts": 3, "attn_top_k": 1, "kv_shared": True}, "multiple of the 2 KV heads"),
         ({"attn_top_k": 1, "patch_size": 0}, "uoe_patch_size"),
         ({"attn_top_k": 1, "gate_mode": "soft"}, "uoe_gate_mode"),
         ({"attn_top_k": 1, "layers": [9]}, "layer 9"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_attn import ops
+from hf_attn.ops.head_routed import choose_top_k, zero_unchosen
 from hf_attn.ops.hfattn_sparse.head_routed import reference, torch_path
 from tests.budget import assert_as_good_as_eager
 
@@ -109,12 +110,12 @@ def test_only_chosen_pairs_are_computed(monkeypatch):
     pairs = []
     attend = torch_path._attend
     monkeypatch.setattr(
-        torch_path, "_attend", lambda q, k, *rest: (pairs.append(len(q) * len(k)), attend(q, k, *rest))[1]
+        torch_path, "_attend", lambda q, k, *rest: (pairs.append(q.shape[2] * k.shape[2]), attend(q, k, *rest))[1]
     )
     ops.reset_path_counts()
     ops.head_routed_attention(*tensors, chosen)
     assert ops.path_counts() == {"head_routed_attention | torch": 1}
-    needed, _ = reference.count_pairs(chosen[:, 1:], 4100, True)  # head 0, which all tokens chose, takes no gathering
+    needed, _ = reference.count_pairs(chosen, 4100, True)
     assert needed <= sum(pairs) < 1.1 * needed
     ops.reset_path_counts()
     short = [x[:, :, :100] for x in (*tensors, chosen)]
@@ -140,3 +141,25 @@ def test_bad_input():
     for wrong in (chosen[:, :3], chosen.int(), chosen[:, :, :5]):
         with pytest.raises(ValueError, match="heads must be a bool tensor"):
             ops.head_routed_attention(*tensors, wrong)
+
+
+@pytest.mark.parametrize("count", [2, 6, 12, 24])
+def test_choice_of_the_highest(count):
+    """Many tokens are chosen for by comparisons, few by sorting; of equal scores the lower head wins."""
+    scores = torch.randn(2, 1100, count, generator=torch.Generator().manual_seed(count)).mul(2).round()
+    for top_k in {1, count // 2, count}:
+        got = choose_top_k(scores.transpose(1, 2).contiguous().transpose(1, 2), top_k)
+        assert got.sum(-1).unique().tolist() == [top_k]
+        torch.testing.assert_close(got, torch.cat([choose_top_k(part, top_k) for part in scores.split(10, 1)], 1))
+
+
+@pytest.mark.parametrize("layout", ["heads first", "tokens first", "for a gradient"])
+def test_zeros_of_a_dense_call(layout):
+    out = torch.randn(2, 3, 5, 4)
+    if layout == "tokens first":
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    heads = torch.rand(2, 3, 5) < 0.5
+    want = torch.where(heads[..., None], out, 0)
+    got = zero_unchosen(out.requires_grad_(layout == "for a gradient"), heads)
+    torch.testing.assert_close(got, want)
+    assert (got.data_ptr() == out.data_ptr()) == (layout != "for a gradient")

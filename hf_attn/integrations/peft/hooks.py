@@ -1,7 +1,7 @@
 """Three methods of PeftModel also tell us: after an adapter was saved, before and after one is loaded, before a push.
 
 Installed when PEFT is imported in a process that has imported hf_attn. They act on adapters with `hf_attn.json`, and on
-those whose weights the base lacks.
+those whose weights the base lacks. Saving, and merging into 4-bit layers, read weights that `four_bit` makes readable.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from hf_attn.integrations.peft.four_bit import unpack
 
 _MARK = "_hf_attn_original"
 
@@ -37,6 +39,7 @@ def install(
 
     @functools.wraps(save)
     def save_pretrained(self, save_directory, *arguments, **options):
+        unpack(self)
         result = save(self, save_directory, *arguments, **options)
         if options.get("is_main_process", True):
             for adapter in options.get("selected_adapters") or list(self.peft_config):
@@ -58,6 +61,9 @@ def install(
     for wrapper, original in ((save_pretrained, save), (load_adapter, load), (push_to_hub, push)):
         setattr(wrapper, _MARK, original)
         setattr(PeftModel, wrapper.__name__, wrapper)
+    layer = _four_bit_layer()
+    for name in ("merge", "unmerge") if layer else ():
+        setattr(layer, name, _unpacking(getattr(layer, name)))
 
 
 def uninstall() -> None:
@@ -68,6 +74,26 @@ def uninstall() -> None:
         original = getattr(getattr(PeftModel, name), _MARK, None)
         if original is not None:
             setattr(PeftModel, name, original)
+    layer = _four_bit_layer()
+    for name in ("merge", "unmerge") if layer else ():
+        setattr(layer, name, getattr(getattr(layer, name), _MARK, getattr(layer, name)))
+
+
+def _four_bit_layer() -> Any:
+    """PEFT's LoRA layer around a 4-bit one; None without bitsandbytes."""
+    from peft.tuners import lora
+
+    return getattr(lora, "Linear4bit", None)
+
+
+def _unpacking(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def run(self, *arguments, **options):
+        unpack(self.get_base_layer())
+        return method(self, *arguments, **options)
+
+    setattr(run, _MARK, method)
+    return run
 
 
 def adapter_folder(folder: str | os.PathLike, adapter: str) -> Path:

@@ -16,7 +16,8 @@ class UoeConfig(ThinFileConfig, PreTrainedConfig):
     """Fields of a union of experts. A block without `top_k` stays dense.
 
     Args:
-        uoe_attn_experts: experts of an attention block, a divisor of the KV heads; None: one a KV head.
+        uoe_attn_experts: experts of an attention block, a divisor of the KV heads; None: one a KV head. With
+            `uoe_kv_shared` a divisor of the query heads and a multiple of the KV heads; None: one a query head.
         uoe_attn_top_k: experts of a token in attention blocks, 1 to all; None leaves attention dense.
         uoe_mlp_experts: experts of an MLP block, a divisor of intermediate_size.
         uoe_mlp_top_k: experts of a token in MLP blocks; None leaves MLPs dense.
@@ -25,6 +26,7 @@ class UoeConfig(ThinFileConfig, PreTrainedConfig):
         uoe_gate_mode: "ste", "none", "sum" or "scaled", see `hf_attn.nn.experts.gate_weights`.
         uoe_score_eps, uoe_score_scale: epsilon and kappa of the "sum" gate.
         uoe_always_select_first: first real tokens of a sequence that every expert takes (attention sinks).
+        uoe_kv_shared: let the experts of one KV head share its keys and values, which are kept for the tokens of any.
         uoe_gate_bias: whether gates have a bias.
         uoe_balance: factor of the load-balance loss in the loss of the language model.
     """
@@ -39,6 +41,7 @@ class UoeConfig(ThinFileConfig, PreTrainedConfig):
     uoe_score_eps: float = 1.0
     uoe_score_scale: float = 1.0
     uoe_always_select_first: int = 1
+    uoe_kv_shared: bool = False
     uoe_gate_bias: bool = True
     uoe_balance: float = 0.01
 
@@ -46,13 +49,22 @@ class UoeConfig(ThinFileConfig, PreTrainedConfig):
 
     def attention_experts(self) -> int:
         """Experts of an attention block."""
-        return self.num_key_value_heads if self.uoe_attn_experts is None else self.uoe_attn_experts
+        if self.uoe_attn_experts is not None:
+            return self.uoe_attn_experts
+        return self.num_attention_heads if self.uoe_kv_shared else self.num_key_value_heads
 
     def check_experts(self) -> None:
         """Raise ValueError for numbers that do not divide the block, and for unknown modes."""
-        heads, experts = self.num_key_value_heads, self.attention_experts()
-        if experts < 1 or heads % experts:
-            raise ValueError(f"uoe_attn_experts must divide the {heads} KV heads, got {experts}")
+        heads, experts, queries = self.num_key_value_heads, self.attention_experts(), self.num_attention_heads
+        if self.uoe_kv_shared:
+            if experts < 1 or queries % experts or experts % heads:
+                raise ValueError(
+                    f"uoe_attn_experts must divide the {queries} query heads and be a multiple of the {heads} KV heads "
+                    f"that they share (uoe_kv_shared), got {experts}"
+                )
+        elif experts < 1 or heads % experts:
+            hint = "; kv_shared=True lets experts share a KV head" if experts > heads else ""
+            raise ValueError(f"uoe_attn_experts must divide the {heads} KV heads, got {experts}{hint}")
         if self.uoe_mlp_experts < 1 or self.intermediate_size % self.uoe_mlp_experts:
             raise ValueError(
                 f"uoe_mlp_experts must divide intermediate_size={self.intermediate_size}, got {self.uoe_mlp_experts}"

@@ -29,6 +29,7 @@ _OPTIONS = (
     "score_eps",
     "score_scale",
     "always_select_first",
+    "kv_shared",
     "gate_bias",
     "balance",
 )

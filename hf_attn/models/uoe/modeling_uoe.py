@@ -44,14 +44,9 @@ from hf_attn.models.uoe.configuration_uoe import (
     UoeQwen2Config,
     UoeQwen3Config,
 )
+from hf_attn.models.uoe.marks import asking, mark
 from hf_attn.nn.experts import Routing, gate_weights, pool_patches, route, spread_patches
 from hf_attn.nn.head_router import load_balance
-
-# Added to the score of a key that its expert did not choose: exp of it is 0 next to any real score, and half precision
-# holds the product with 1 / scale.
-UNCHOSEN = -3000.0
-# Key features added beside a cache: one says whether the key was chosen; fused kernels want a multiple of 8.
-EXTRA = 8
 
 
 class _Gated(HostModule):
@@ -73,7 +68,10 @@ class _Gated(HostModule):
 
 
 class UoeAttention(_Gated):
-    """Selective multi-head attention: an expert is one KV head, or several, with its query heads."""
+    """Selective multi-head attention: an expert is one KV head, or several, with its query heads.
+
+    With `uoe_kv_shared` it is some query heads of a KV head, whose keys and values serve the tokens of any of them.
+    """
 
     def forward(
         self,
@@ -97,30 +95,42 @@ class UoeAttention(_Gated):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         real, forced, packed = uoe_tokens
         routing, factors = self.choose(hidden_states, real, forced)
-        selected = routing.selected.transpose(1, 2)
-        selected = selected.repeat_interleave(key.shape[1] // selected.shape[1], 1)
+        # [B, Hkv, experts that share the head, N]
+        chosen = routing.selected.transpose(1, 2)
+        if chosen.shape[1] < key.shape[1]:
+            chosen = chosen.repeat_interleave(key.shape[1] // chosen.shape[1], 1)
+        chosen = chosen.unflatten(1, (key.shape[1], -1))
         past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         alone = isinstance(past, int) and past == 0 and not packed and not torch.compiler.is_compiling()
-        states, weights = (query, key, value, selected.contiguous()), None
+        states, weights = (query, key, value, chosen), None
         if cache is not None and isinstance(cache.layers[self.layer_idx], SelectedLayer):
             out = self._attend_chosen(cache.layers[self.layer_idx].store, *states, alone)
         elif alone and not kwargs.get("output_attentions"):
             if cache is not None:
-                cache.update(_mark(key, selected), value, self.layer_idx)
-            out = ops.selective_attention(*states, causal=True, scale=self.scaling).transpose(1, 2)
+                cache.update(mark(key, chosen), value, self.layer_idx)
+            out = self._attend_alone(*states)
         else:
             out, weights = self._attend_marked(cache, *states, attention_mask, **kwargs)
         factors = factors.repeat_interleave(out.shape[2] // factors.shape[-1], -1)[..., None]
         out = torch.where(factors == 0, 0, out * factors.to(out.dtype))
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
+    def _attend_alone(self, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor) -> Tensor:
+        """Whole sequences without a past, `[B, N, Hq, D]`."""
+        key, value = (x.repeat_interleave(chosen.shape[2], 1) for x in (key, value))
+        selected = chosen.flatten(1, 2).contiguous()
+        return ops.selective_attention(query, key, value, selected, causal=True, scale=self.scaling).transpose(1, 2)
+
     def _attend_chosen(
-        self, store: SelectedTokens, query: Tensor, key: Tensor, value: Tensor, selected: Tensor, alone: bool
+        self, store: SelectedTokens, query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, alone: bool
     ) -> Tensor:
-        """Over lists of chosen tokens, `[B, N, Hq, D]`."""
-        store.append(key, value, selected)
+        """Over lists of chosen tokens, `[B, N, Hq, D]`; a shared KV head lists what any of its experts chose."""
+        shared = chosen.shape[2] > 1
+        store.append(mark(key, chosen) if shared else key, value, chosen.any(2))
         if alone:
-            return ops.selective_attention(query, key, value, selected, causal=True, scale=self.scaling).transpose(1, 2)
+            return self._attend_alone(query, key, value, chosen)
+        if shared:
+            query = asking(query, chosen, self.scaling)
         keys, values, seen = store.read(query.shape[2])
         group = query.shape[1] // key.shape[1]
         keys, values, seen = (t.repeat_interleave(group, 1) for t in (keys, values, seen))
@@ -133,24 +143,16 @@ class UoeAttention(_Gated):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        selected: Tensor,
+        chosen: Tensor,
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Over marked keys, by the host's attention: `[B, N, Hq, D]`, and weights where it gives them."""
-        key = _mark(key, selected)
+        key, query = mark(key, chosen), asking(query, chosen, self.scaling)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        asking = query.new_full((*query.shape[:3], 1), 1 / self.scaling)
-        query = torch.cat([query, asking, query.new_zeros(*query.shape[:3], EXTRA - 1)], -1)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         return attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
-
-
-def _mark(key: Tensor, selected: Tensor) -> Tensor:
-    """Keys `[B, H, N, D + EXTRA]` that say themselves whether they were chosen: any cache and attention keeps to it."""
-    mark = torch.where(selected, 0.0, UNCHOSEN).to(key.dtype)[..., None]
-    return torch.cat([key, mark, key.new_zeros(*key.shape[:3], EXTRA - 1)], -1)
 
 
 class UoeMLP(_Gated):

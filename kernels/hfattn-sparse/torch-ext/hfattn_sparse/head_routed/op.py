@@ -42,28 +42,37 @@ def head_routed_attention(
         index: token index int32 `[B, 2, Nq + Nk]` (see `sequences.split_sequences`) or None.
         allow_dense: compute all heads of a sequence where that is faster.
     """
-    out = query.new_zeros(*query.shape[:3], value.shape[3])
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = torch.full(query.shape[:3], float("-inf"), dtype=wide, device=query.device)
+    if index is None:
+        return _sequence(query, key, value, heads, causal, scale, allow_dense)
+    out, lse = _empty(query, value)
+    out.zero_()
+    lse.fill_(float("-inf"))
     for s in split_sequences(index, query.shape[2], key.shape[2], causal):
-        chosen, keys = take(heads, s.batch, s.q), take(key, s.batch, s.k)
-        dense = allow_dense and torch_path.prefers_dense(chosen, keys.shape[2])
-        count("head_routed_attention", "torch: dense" if dense else "torch")
-        parts = take(out, s.batch, s.q), take(lse, s.batch, s.q)
-        torch_path.forward(
-            take(query, s.batch, s.q), keys, take(value, s.batch, s.k), chosen, *parts,
-            causal=causal, scale=scale, dense=dense,
-        )  # fmt: skip
-        if not isinstance(s.q, slice):  # rows taken by index are a copy
-            out[s.batch, :, s.q], lse[s.batch, :, s.q] = parts
+        tensors = take(query, s.batch, s.q), take(key, s.batch, s.k), take(value, s.batch, s.k)
+        part = _sequence(*tensors, take(heads, s.batch, s.q), causal, scale, allow_dense)
+        out[s.batch, :, s.q], lse[s.batch, :, s.q] = part
     return out, lse
+
+
+def _sequence(
+    query: Tensor, key: Tensor, value: Tensor, heads: Tensor, causal: bool, scale: float, allow_dense: bool
+) -> tuple[Tensor, Tensor]:
+    dense = allow_dense and torch_path.prefers_dense(heads, key)
+    count("head_routed_attention", "torch: dense" if dense else "torch")
+    return torch_path.forward(query, key, value, heads, causal=causal, scale=scale, dense=dense)
+
+
+def _empty(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """out and lse; the heads of a token lie together in memory, as the projection after them wants it."""
+    batch, heads, length, _ = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(query.shape[:3], dtype=wide)
 
 
 @head_routed_attention.register_fake
 def _(query, key, value, heads, index, causal, scale, allow_dense):
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = query.new_empty(*query.shape[:3], value.shape[3])
-    return out, query.new_empty(query.shape[:3], dtype=wide)
+    return _empty(query, value)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("head_routed_attention_backward"), mutates_args=(), tags=HOST_SYNC)

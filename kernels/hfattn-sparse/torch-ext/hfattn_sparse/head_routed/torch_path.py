@@ -1,72 +1,85 @@
-"""Head-routed attention in plain torch: the rows that chose a head are gathered, and cut where their keys end.
+"""Head-routed attention in plain torch: the rows that chose a head are gathered, and their keys are cut into ranges.
 
 Query heads that share a KV head read the same keys, so their rows are gathered together, ascending. Rows of one span of
-positions need a mask for the keys of that span only; of the keys before it they see all. So the keys of a row fall into
-three ranges: its span, the spans before it in a larger one, and all before that, which many rows read in one call. The
-ranges are computed by torch's fused attention and merged by their log-sum-exps. One masked call over all keys would be
-slower than dense attention. Heads that every row chose take no gathering.
+positions need a mask for the keys of that span only; all keys before it they see. Those are cut as a tree: the spans
+before theirs among `FAN`, the groups of `FAN` spans before theirs among `FAN` groups, and so on, so that far keys are
+read by many rows in one call without a mask. Torch's fused attention computes the ranges; their log-sum-exps merge
+them. One masked call over all keys would be slower than dense attention, and so is torch's causal one over all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-# Positions of a span, spans of a larger one. Short spans mask few pairs in vain, but leave the fused kernel few rows.
-SPAN, SPANS = 128, 8
+# Positions of a span, and how many the tree puts together at each level. Short spans mask few pairs in vain, but leave
+# the fused kernel few rows and keys.
+SPAN, FAN = 128, 4
 # Gathered rows of a span that the fused kernel needs to be fast; spans are longer where heads are chosen rarely.
-ROWS = 192
+ROWS = 96
 # Rows a call may have to be computed by plain products, without a copy of the keys.
 FEW_ROWS = 16
 # Dense attention is as fast below these: rows of the batch times keys of a decoding step; in a prefill, rows that an
-# average head skips, and their share of all rows.
-MIN_DECODE, MIN_ROWS_SKIPPED, MIN_SKIPPED = 2048, 850, 0.15
+# average head skips, by the number of heads that share a KV head (one, two, more), whose rows are gathered together,
+# and their share of all rows. In half precision dense attention gains more from the CPU's matrix units.
+MIN_DECODE, MIN_SKIPPED = 2048, 0.15
+MIN_ROWS_SKIPPED, HALF = (900, 450, 100), 20
 
 _fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _fused_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
-def prefers_dense(heads: Tensor, k_len: int) -> bool:
+def prefers_dense(heads: Tensor, key: Tensor) -> bool:
     """Whether computing all heads is at least as fast: short calls, and those that skip little."""
-    batch, _, q_len = heads.shape
+    batch, count, q_len = heads.shape
     if q_len <= FEW_ROWS:
-        return batch * k_len < MIN_DECODE
-    skipped = 1 - float(heads.sum(dtype=torch.float64)) / max(1, heads.numel())
-    return skipped * q_len < MIN_ROWS_SKIPPED or skipped < MIN_SKIPPED
+        return batch * key.shape[2] < MIN_DECODE
+    needed = MIN_ROWS_SKIPPED[min(count // key.shape[1], 3) - 1] * (HALF if key.element_size() == 2 else 1)
+    if q_len < needed:
+        return True
+    skipped = 1 - int(heads.count_nonzero()) / max(1, heads.numel())
+    return skipped * q_len < needed or skipped < MIN_SKIPPED
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    heads: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    dense: bool,
-) -> None:
-    """Write what `reference.forward` returns for the chosen pairs into out `[B, Hq, Nq, Dv]` and lse `[B, Hq, Nq]`.
+    query: Tensor, key: Tensor, value: Tensor, heads: Tensor, *, causal: bool, scale: float, dense: bool
+) -> tuple[Tensor, Tensor]:
+    """What `reference.forward` returns: out `[B, Hq, Nq, Dv]` (in the memory of `[B, Nq, Hq, Dv]`), lse `[B, Hq, Nq]`.
 
-    The caller has filled those with 0 and -inf. `dense` computes all heads.
+    `dense` computes all heads.
     """
-    group, q_len = query.shape[1] // key.shape[1], query.shape[2]
-    chosen = torch.ones_like(heads) if dense else heads
-    whole = _whole_heads(chosen, query, key, value, causal)
-    for batch, head in whole:
-        at = batch, head // group
-        part, sums = _fused(*_lift(query[batch, head], key[at], value[at]), 0.0, causal, scale=scale)
-        out[batch, head], lse[batch, head] = part[0, 0], sums[0, 0]
-    for batch, kv_head, members, rows in _gathered(_without(chosen, whole), group, key.shape[2], causal):
-        at = slice(kv_head * group, (kv_head + 1) * group)
-        tensors = query[batch, at][members, rows], key[batch, kv_head], value[batch, kv_head]
-        out[batch, at][members, rows], lse[batch, at][members, rows] = _merged(*tensors, rows, q_len, causal, scale)
-    if dense:
-        out.masked_fill_(~heads[..., None], 0)
-        lse.masked_fill_(~heads, float("-inf"))
+    if dense and _can_fuse(query, value) and (not causal or query.shape[2] == key.shape[2] > 0):
+        return _dense(query, key, value, heads, causal, scale)
+    chosen = _Chosen(heads, key.shape[1], key.shape[2], causal)
+    # One row more, for what nobody chose.
+    count = len(chosen.numbers)
+    out = torch.empty(count + 1, value.shape[3], dtype=_wide(query.dtype), device=query.device)
+    lse = torch.empty(count + 1, dtype=out.dtype, device=query.device)
+    out[-1], lse[-1] = 0, float("-inf")
+    gather = chosen.gatherer(query)
+    for batch, kv_head, part, cuts in chosen.groups():
+        rows, k, v = _lift(gather(part), key[batch, kv_head], value[batch, kv_head])
+        part_out, part_lse = out[part], lse[part]
+        for run, keys, bias, first in chosen.pieces(part, cuts, query.dtype):
+            more, sums = _attend(rows[:, :, run], k[:, :, keys], v[:, :, keys], bias, scale)
+            into, old = part_out[run], part_lse[run]
+            if first:
+                into.copy_(more)
+                old.copy_(sums)
+            else:
+                into.lerp_(more.to(out.dtype), torch.sigmoid(sums - old)[:, None])
+                torch.logaddexp(old, sums, out=old)
+    return chosen.scatter(out.to(query.dtype)).transpose(1, 2), chosen.scatter(lse).transpose(1, 2).contiguous()
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, heads: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out, lse = _fused(query, key, value, 0.0, causal, scale=scale)
+    return out.masked_fill_(~heads[..., None], 0), lse.masked_fill(~heads, float("-inf")).contiguous()
 
 
 def backward(
@@ -82,121 +95,127 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; weights are computed again from the log-sum-exps."""
-    group, q_len, wide = query.shape[1] // key.shape[1], query.shape[2], _wide(query.dtype)
-    grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    wide = _wide(query.dtype)
+    chosen = _Chosen(heads, key.shape[1], key.shape[2], causal)
+    gathers = [chosen.gatherer(x) for x in (query, grad_out, out, lse[..., None])]
+    grads = torch.zeros(len(chosen.numbers) + 1, query.shape[3], dtype=wide, device=query.device)
     grad_key, grad_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (key, value))
-    whole = _whole_heads(heads, query, key, value, causal)
-    for batch, head in whole:
-        at = batch, head // group
-        tensors = grad_out[batch, head], query[batch, head], key[at], value[at], out[batch, head]
-        sums = lse[batch, head][None, None]
-        dq, dk, dv = _fused_backward(*_lift(*tensors), sums, 0.0, causal, scale=scale)
-        grad_query[batch, head] = dq[0, 0]
-        grad_key[at] += dk[0, 0]
-        grad_value[at] += dv[0, 0]
-    for batch, kv_head, members, rows in _gathered(_without(heads, whole), group, key.shape[2], causal):
-        at = slice(kv_head * group, (kv_head + 1) * group)
-        picked = [x[batch, at][members, rows] for x in (query, grad_out, out, lse)]
+    for batch, kv_head, part, cuts in chosen.groups():
         k, v = key[batch, kv_head], value[batch, kv_head]
-        grads = torch.zeros(picked[0].shape, dtype=wide, device=query.device)
-        for run, part, bias, _ in _pieces(rows, q_len, k.shape[0], causal, query.dtype):
-            dq, dk, dv = _gradients(*(x[run] for x in picked), k[part], v[part], bias, scale)
-            grads[run] += dq
-            grad_key[batch, kv_head, part] += dk
-            grad_value[batch, kv_head, part] += dv
-        grad_query[batch, at][members, rows] = grads.to(query.dtype)
+        rows = [gather(part) for gather in gathers]
+        for run, keys, bias, _ in chosen.pieces(part, cuts, query.dtype):
+            picked, sums = [x[run] for x in rows[:3]], rows[3][run, 0]
+            dq, dk, dv = _gradients(*picked, sums, k[keys], v[keys], bias, scale)
+            grads[part][run] += dq
+            grad_key[batch, kv_head, keys] += dk
+            grad_value[batch, kv_head, keys] += dv
+    grad_query = chosen.scatter(grads.to(query.dtype)).transpose(1, 2).contiguous()
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def _whole_heads(heads: Tensor, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> list[tuple[int, int]]:
-    """(batch row, head) that all rows chose, where one fused call computes the head."""
-    q_len, k_len = query.shape[2], key.shape[2]
-    if q_len <= FEW_ROWS or k_len == 0 or (causal and q_len != k_len) or not _can_fuse(query, value):
-        return []
-    return [(batch, head) for batch, head in heads.all(2).nonzero().tolist()]
+class _Chosen:
+    """The chosen pairs that see a key, as rows: by batch row and KV head, in these by position, then by head."""
 
+    def __init__(self, heads: Tensor, kv_heads: int, k_len: int, causal: bool) -> None:
+        self.batch, count, self.q_len = heads.shape
+        self.kv_heads, self.group, self.k_len, self.causal = kv_heads, count // kv_heads, k_len, causal
+        # Rows that see no key; the keys that every other row sees.
+        self.blind = self.q_len if k_len == 0 else max(0, self.q_len - k_len) if causal else 0
+        self.base = max(0, k_len - self.q_len)
+        if self.blind:
+            heads = heads.clone()
+            heads[:, :, : self.blind] = False
+        self.mask = self._by_row(heads).flatten()
+        self.numbers = self.mask.nonzero()[:, 0]
+        share = len(self.numbers) / max(1, self.batch * kv_heads * (self.q_len - self.blind))
+        self.span = SPAN
+        while self.span < self.q_len and share * self.span < ROWS:
+            self.span *= 2
+        edges = torch.arange(self.blind, self.q_len + self.span, self.span, device=heads.device).clamp_(max=self.q_len)
+        starts = torch.arange(self.batch * kv_heads, device=heads.device)[:, None] * self.q_len
+        self.cuts = torch.searchsorted(self.numbers, (starts + edges) * self.group).tolist()
 
-def _without(heads: Tensor, whole: list[tuple[int, int]]) -> Tensor:
-    if not whole:
-        return heads
-    heads = heads.clone()
-    heads[tuple(torch.tensor(whole).T)] = False
-    return heads
+    def _by_row(self, x: Tensor) -> Tensor:
+        """`[B, Hq, N]` -> `[B, Hkv, N, group]`, the order of the rows."""
+        return x.unflatten(1, (self.kv_heads, self.group)).transpose(2, 3)
 
+    def gatherer(self, x: Tensor) -> Callable[[slice], Tensor]:
+        """The function that gives chosen rows `[n, D]` of x `[B, Hq, N, D]`.
 
-def _gathered(heads: Tensor, group: int, k_len: int, causal: bool) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """(batch row, KV head, members of its group, query rows) of the chosen pairs that see a key, by ascending row."""
-    batch, count, q_len = heads.shape
-    blind = q_len if k_len == 0 else max(0, q_len - k_len) if causal else 0
-    for b in range(batch):
-        for h in range(count // group):
-            rows, members = heads[b, h * group : (h + 1) * group, blind:].T.nonzero().unbind(1)
-            if rows.numel():
-                yield b, h, members, rows + blind
-
-
-def _pieces(
-    rows: Tensor, q_len: int, k_len: int, causal: bool, dtype: torch.dtype
-) -> Iterator[tuple[slice, slice, Tensor | None, bool]]:
-    """Slices of the ascending query rows, each with one range of keys.
-
-    Yields (rows, keys, bias `[n, keys]` or None for 0, whether this is the rows' first range). Every row sees a key of
-    each of its ranges.
-    """
-    at = rows + (k_len - q_len)  # the last key a row sees
-    start, end = int(at[0]), int(at[-1]) + 1
-    if not causal or end - start == 1:
-        yield slice(None), slice(0, end if causal else k_len), None, True
-        return
-    span = SPAN
-    while span < end - start and rows.numel() * span < ROWS * (end - start):
-        span *= 2
-    at = at - start
-    cuts = torch.searchsorted(at, torch.arange(0, end - start + span, span, device=rows.device)).tolist()
-    # Row i of `steps` has `span - i` zeros and then -inf; its rows overlap in memory.
-    steps = torch.zeros(2 * span, dtype=dtype, device=rows.device)
-    steps[span:] = float("-inf")
-    steps, at = steps.unfold(0, span, 1), span - 1 - at % span
-    for outer in range(0, len(cuts) - 1, SPANS):
-        inner = range(outer, min(outer + SPANS, len(cuts) - 1))
-        before = start + outer * span
-        for number in inner:
-            run, first = slice(cuts[number], cuts[number + 1]), start + number * span
-            if run.start == run.stop:
-                continue
-            width = min(span, k_len - first)
-            yield run, slice(first, first + width), steps[:, :width].index_select(0, at[run]), True
-            if number > outer:
-                yield run, slice(before, first), None, False
-        run = slice(cuts[outer], cuts[inner.stop])
-        if before and run.start < run.stop:
-            yield run, slice(0, before), None, False
-
-
-def _merged(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, q_len: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Gathered query rows `[n, D]` against the keys that they see: out `[n, Dv]`, lse `[n]`."""
-    out = query.new_empty(query.shape[0], value.shape[1])
-    lse = torch.empty(query.shape[:1], dtype=_wide(query.dtype), device=query.device)
-    for run, part, bias, first in _pieces(rows, q_len, key.shape[0], causal, query.dtype):
-        more, sums = _attend(query[run], key[part], value[part], bias, scale)
-        into, old = out[run], lse[run]
-        if first:
-            into.copy_(more)
-            old.copy_(sums)
+        Few at a time: a large copy is new memory at each call, and to map that takes longer than to copy.
+        """
+        batch, heads, length, _ = x.shape
+        at = torch.arange(batch * heads * length, device=x.device)
+        if x.transpose(1, 2).is_contiguous():
+            table, at = x.transpose(1, 2).flatten(0, 2), at.view(batch, length, heads).transpose(1, 2)
         else:
-            into.lerp_(more, torch.sigmoid(sums - old).to(out.dtype)[:, None])
-            torch.logaddexp(old, sums, out=old)
-    return out, lse
+            table, at = x.flatten(0, 2), at.view(batch, heads, length)
+        at = self._by_row(at).flatten().index_select(0, self.numbers)
+        return lambda part: table.index_select(0, at[part])
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """`[B, N, Hq, ...]` with the rows at their places, and the last one at all others."""
+        at = torch.where(self.mask, self.mask.cumsum(0) - 1, len(rows) - 1)
+        at = at.view(self.batch, self.kv_heads, self.q_len, self.group).transpose(1, 2)
+        return rows.index_select(0, at.flatten()).unflatten(0, (self.batch, self.q_len, -1))
+
+    def groups(self) -> Iterator[tuple[int, int, slice, list[int]]]:
+        """(batch row, KV head, its rows, bounds of its spans in these) where a row is chosen."""
+        for number, cuts in enumerate(self.cuts):
+            if cuts[-1] > cuts[0]:
+                part, cuts = slice(cuts[0], cuts[-1]), [cut - cuts[0] for cut in cuts]
+                yield number // self.kv_heads, number % self.kv_heads, part, cuts
+
+    def pieces(
+        self, part: slice, cuts: list[int], dtype: torch.dtype
+    ) -> Iterator[tuple[slice, slice, Tensor | None, bool]]:
+        """Slices of a group's rows, each with one range of keys.
+
+        Yields (rows, keys, bias `[n, keys]` or None for 0, whether this is the rows' first range). Every row sees a key
+        of each of its ranges.
+        """
+        everything = slice(0, cuts[-1])
+        if not self.causal or self.q_len == 1:
+            yield everything, slice(0, self.k_len), None, True
+            return
+        span, count = self.span, len(cuts) - 1
+        steps, place = self._steps(dtype), self._place(part)
+        for number in range(count):
+            run, first = slice(cuts[number], cuts[number + 1]), self.base + number * span
+            if run.start < run.stop:
+                keys = slice(first, min(first + span, self.k_len))
+                bias = steps[:, : keys.stop - first].index_select(0, place[run])
+                yield run, keys, bias, True
+        size = 1
+        while size < count:
+            for number in range(0, count, size):
+                run, back = slice(cuts[number], cuts[min(number + size, count)]), number // size % FAN * size
+                if back and run.start < run.stop:
+                    keys = slice(self.base + (number - back) * span, self.base + number * span)
+                    yield run, keys, None, False
+            size *= FAN
+        if self.base:
+            yield everything, slice(0, self.base), None, False
+
+    def _steps(self, dtype: torch.dtype) -> Tensor:
+        """`[span + 1, span]`: row i has `span - i` zeros and then -inf. The rows overlap in memory."""
+        steps = torch.zeros(2 * self.span, dtype=dtype, device=self.numbers.device)
+        steps[self.span :] = float("-inf")
+        return steps.unfold(0, self.span, 1)
+
+    def _place(self, run: slice) -> Tensor:
+        """Row of `_steps` for each row: how many keys of its span it does not see."""
+        place = self.numbers[run] // self.group % self.q_len - self.blind
+        return self.span - 1 - place % self.span
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """out `[n, Dv]` and lse `[n]` of rows that all see a key."""
-    if query.shape[0] > FEW_ROWS and _can_fuse(query, value):
+    """out `[n, Dv]` and lse `[n]` of `[1, 1, n, D]` rows that all see a key of the `[1, 1, keys, D]`."""
+    if query.shape[2] > FEW_ROWS and _can_fuse(query, value):
         bias = None if bias is None else bias[None, None]
-        out, lse = _fused(*_lift(query, key, value), 0.0, False, attn_mask=bias, scale=scale)
+        out, lse = _fused(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
         return out[0, 0], lse[0, 0]
+    query, key, value = (x[0, 0] for x in (query, key, value))
     scores = (query @ key.mT).to(_wide(query.dtype)) * scale
     if bias is not None:
         scores = scores + bias
