@@ -5,7 +5,8 @@
 
 A variant whose logits differ from the reference's by more than 1e-4 of their largest shows no speed. Columns:
 `reference`, `ours`, `deploy` (after `reparameterize()`, where it does something), each in ms, and their ratio to the
-reference (lower is faster). `--clock thread` counts the processor time of this thread, for machines that are busy.
+reference (lower is faster). `--compile` adds `compiled` (one graph, needs a C++ compiler and minutes) and its ratio to
+`ours`. `--clock thread` counts the processor time of this thread, for machines that are busy.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import os
 import pkgutil
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -27,7 +30,7 @@ from hf_attn.bench import backbones
 from hf_attn.bench.figures import Row, show
 from hf_attn.bench.timing import interleaved, machine_load, paired_ratio
 
-FIGURES = ("ours", "deploy", "compiled")
+FIGURES = ("ours", "deploy", "compiled", "compiled over eager")
 TOLERANCE = 1e-4
 
 
@@ -68,6 +71,12 @@ def deployed(model: nn.Module) -> nn.Module | None:
     return other if _size(other) != _size(model) else None
 
 
+def compiler_obstacle() -> str | None:
+    """Why torch.compile cannot serve a CPU here; None where it can."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return None if any(map(shutil.which, names)) else f"no C++ compiler ({', '.join(names)})"
+
+
 def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -81,7 +90,7 @@ def measure(family: str, preset: str, args: argparse.Namespace) -> Row:
     wrong = []
     candidates = {"ours": model, "deploy": deployed(model)}
     if args.compile:
-        candidates["compiled"] = torch.compile(model)
+        candidates["compiled"] = torch.compile(model, fullgraph=True)
     for name, candidate in candidates.items():
         if candidate is None:
             continue
@@ -99,6 +108,9 @@ def measure(family: str, preset: str, args: argparse.Namespace) -> Row:
             cells.append(f"{times[name].median * 1e3:10.1f}{ratio:7.2f}x")
         else:
             cells.append(f"{'-':>18}")
+    if "compiled" in times:
+        over = figures["compiled over eager"] = paired_ratio(times["compiled"], times["ours"])
+        cells.append(f"{over:8.2f}x")
     spread = times["reference"].spread
     line = " ".join(["".join(cells), f"{spread:8.0%}", *wrong])
     return Row(f"{family} {preset}", line, figures, spread, "; ".join(wrong))
@@ -122,8 +134,13 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         time.perf_counter = time.thread_time
     print(f"{args.batch} x {args.size} x {args.size}, fp32, {args.threads} thread(s), {args.clock} time in ms")
     print(f"torch {torch.__version__}, {machine_load()}")
+    if args.compile and (missing := compiler_obstacle()):
+        print(f"compiled: left out, {missing}")
+        args.compile = False
     names = ("ours", "deploy", *(["compiled"] if args.compile else []))
-    print(f"{'variant':16}{'reference':>10}" + "".join(f"{name:>10}{'ratio':>8}" for name in names) + "   spread")
+    compiled = f"{'/ ours':>9}" if args.compile else ""
+    columns = "".join(f"{name:>10}{'ratio':>8}" for name in names)
+    print(f"{'variant':16}{'reference':>10}{columns}{compiled}   spread")
     variants = [(f, p) for f in args.families for p in importlib.import_module(f"{backbones.__name__}.{f}").PRESETS]
     return [show(measure(family, preset, args)) for family, preset in variants]
 

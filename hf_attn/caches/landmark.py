@@ -165,7 +165,8 @@ class LandmarkStore(LayerStore):
 
     def _first_blocks(self, rows: int, heads: int) -> Tensor:
         """int64 `[B, Hq, 1, 1]`: number of the first block of each row and query head among all blocks."""
-        room, place = self._keys.shape[2], self._keys.device
+        held = self._complete[0]
+        room, place = held.shape[2], held.device
         key = rows, heads, room, place
         if self._firsts is None or self._firsts[0] != key:
             row = torch.arange(rows, device=place)[:, None, None, None] * self.heads

@@ -129,9 +129,10 @@ class HeadRoutedHead(CardOnPush):
         soft = config.moh_router == "learned" and config.moh_router_scaling != "quantized"
         form = config.moh_aux_form or ("code" if soft else "paper")
         for routing in (attention.routing for attention in self.routed_attentions()):
-            if routing is None or routing.scores is None or routing.chosen is None:
+            prob = None if routing is None else routing.prob
+            if routing is None or prob is None or routing.chosen is None:
                 continue
-            real, prob = None, routing.prob
+            real = None
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 real = mask[:, -prob.shape[1] :].bool().to(prob.device)
             terms.append(load_balance(prob, routing.chosen, form=form, real=real))

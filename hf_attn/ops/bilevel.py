@@ -159,7 +159,7 @@ def _to_regions(states: Tensor, region_size: Sequence[int]) -> Tensor:
     """`[B, *space, H, D]` -> `[B, regions, tokens of a region, H, D]`."""
     rank, parts = len(region_size), _split(states, region_size)
     outer, inner = range(1, 2 * rank, 2), range(2, 2 * rank + 1, 2)
-    regions = prod(parts.shape[axis] for axis in outer)
+    regions = prod([parts.shape[axis] for axis in outer])  # a list: graphs break on generators
     parts = parts.permute(0, *outer, *inner, 2 * rank + 1, 2 * rank + 2)
     return parts.reshape(states.shape[0], regions, prod(region_size), *states.shape[-2:])
 

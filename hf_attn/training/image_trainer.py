@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from hf_attn.training.augmentation import random_erasing
 from hf_attn.training.images import as_targets, enlarge, mix, random_affine, soft_loss
 
 _AVERAGE = "average.safetensors"
@@ -66,6 +67,7 @@ class ImageTrainer(Trainer):
         mixing: arguments of `mix`.
         resize: for small images in 0 .. 1: enlarge them to the model's `image_size`, after augmentation to -1 .. 1.
         smoothing: label smoothing of the training loss.
+        erasing: probability of `random_erasing`, of every training image.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class ImageTrainer(Trainer):
         mixing: dict[str, float] | None = None,
         resize: bool = False,
         smoothing: float = 0.0,
+        erasing: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
         self.augment, self.mixing, self.resize, self.smoothing = augment or {}, mixing or {}, resize, smoothing
+        self.erasing = erasing
         # The loss is a mean over the batch, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = False
 
@@ -95,6 +99,8 @@ class ImageTrainer(Trainer):
             pixels, targets = mix(pixels, targets, **self.mixing)
         if self.resize:
             pixels = pixels * 2 - 1
+        if model.training:
+            pixels = random_erasing(pixels, self.erasing)
         outputs = model(pixel_values=pixels)
         aux = getattr(config, "aux_loss_weight", 0.0) if model.training else 0.0
         loss = soft_loss(outputs, targets, self.smoothing if model.training else 0.0, aux)

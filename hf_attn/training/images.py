@@ -105,12 +105,13 @@ class ImageFolder(Dataset):
         folder: holds `<class>/<image>`.
         processor: e.g. `config.image_processor()`.
         crop: share of an image's area that a random crop keeps at least, with random mirroring; None: whole images.
+        change: applied to the crop, e.g. `hf_attn.training.augmentation.RandAugment(9)`.
 
     `classes` are the sorted names of the subfolders. Raises ValueError for a folder without images.
     """
 
-    def __init__(self, folder: str | Path, processor: Any, *, crop: float | None = None) -> None:
-        self.processor, self.crop = processor, crop
+    def __init__(self, folder: str | Path, processor: Any, *, crop: float | None = None, change: Any = None) -> None:
+        self.processor, self.crop, self.change = processor, crop, change
         self.classes = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
         self.files = [
             (path, label)
@@ -135,6 +136,7 @@ class ImageFolder(Dataset):
             image = _random_crop(image, self.crop).resize((side, side), Image.Resampling.BICUBIC)
             image = ImageOps.mirror(image) if torch.rand(()) < 0.5 else image
             options = {"crop_pct": 1.0}
+        image = self.change(image) if self.change is not None else image
         pixels = self.processor(image, return_tensors="pt", **options)["pixel_values"][0]
         return {"pixel_values": pixels, "labels": label}
 

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, TrainingAr
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_attn  # noqa: F401  (registers the backbones)
+from hf_attn.training.augmentation import RandAugment
 from hf_attn.training.image_trainer import ImageTrainer, WeightAverage
 from hf_attn.training.images import COLORS, SHAPES, ImageFolder, colored_shapes, digits, nearest_neighbour
 
@@ -33,6 +34,7 @@ SMOKE = {
     "splits": ["random"],
     "augment": {"degrees": 0, "shift": 0.0, "zoom": 0.0},
     "mixing": {"mixup": 0.0, "cutmix": 0.0},
+    "erasing": 0.0,
     "training": {"num_train_epochs": 2, "save_steps": 20, "warmup_steps": 4},
 }
 
@@ -44,7 +46,8 @@ def datasets(options: dict[str, Any], config: Any, split: str, seed: int) -> tup
     if options["data"] == "shapes":
         return colored_shapes()
     folder, processor = Path(options["data"]), config.image_processor()
-    train = ImageFolder(folder / "train", processor, crop=options["crop"])
+    change = RandAugment(options["rand_augment"]) if options["rand_augment"] else None
+    train = ImageFolder(folder / "train", processor, crop=options["crop"], change=change)
     held_out = ImageFolder(folder / "validation", processor)
     if train.classes != held_out.classes:
         raise ValueError(f"{folder}/train and {folder}/validation have different classes")
@@ -101,6 +104,7 @@ def run(options: dict[str, Any], name: str, split: str, seed: int, folder: Path)
         augment=options["augment"],
         mixing=options["mixing"],
         smoothing=options["label_smoothing"],
+        erasing=options["erasing"],
         resize=options["data"] in SETS,
     )
     before, start = trainer.evaluate(), time.perf_counter()
@@ -170,6 +174,8 @@ def main() -> None:
         parser.error(f"unknown backbones {sorted(unknown)}; the config has {', '.join(options['backbones'])}")
     if options["data"] not in SETS and not (Path(options["data"]) / "train").is_dir():
         parser.error(f"data must be {', '.join(SETS)} or a folder with train/ and validation/, got {options['data']!r}")
+    if options["data"] in SETS and options["rand_augment"]:
+        parser.error(f"rand_augment changes images of folders; set it to 0 for {options['data']}, and use augment")
     output = arguments.output or Path(options["output_dir"] + ("-smoke" if arguments.smoke else ""))
     torch.set_num_threads(options["threads"] or torch.get_num_threads())
     results: dict[str, dict[str, list[dict[str, float]]]] = {}

@@ -265,6 +265,17 @@ def test_export(family):
     torch.testing.assert_close(program.module()(pixels).logits, model(pixels).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "family", [f if f == "biformer" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
+def test_compiles_as_one_graph(family):
+    model, pixels = classifier(family), images(rows=2)
+    torch.compiler.reset()
+    with torch.inference_mode():
+        found = torch.compile(model, backend="eager", fullgraph=True)(pixels).logits
+        torch.testing.assert_close(found, model(pixels).logits, rtol=1e-5, atol=1e-5)
+
+
 @families
 def test_upernet(family):
     config = config_of(family, out_features=STAGES)

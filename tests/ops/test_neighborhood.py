@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_attn import ops
-from hf_attn.ops.hfattn_sparse.neighborhood import torch_tiles
+from hf_attn.ops.hfattn_sparse.neighborhood import torch_path, torch_tiles
 from hf_attn.ops.hfattn_sparse.neighborhood.op import neighborhood_attention, windows_of
 from hf_attn.ops.hfattn_sparse.neighborhood.unfused_op import na_av, na_qk
 from tests.budget import assert_as_good_as_eager
@@ -85,6 +85,8 @@ def test_random_configuration_equals_the_reference(seed, monkeypatch):
         sizes = tuple(rng.randint(1, 6) for _ in options["kernel_size"])
         monkeypatch.setattr(torch_tiles, "choose_sizes", lambda windows: sizes)
     dtype = rng.choice([torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    # Half of the calls find their exponentials out of range and turn to softmax.
+    monkeypatch.setattr(torch_path, "LEAST", rng.choice([torch_path.LEAST, 1e30]))
     leaves = {name: x.detach().to(dtype).double() for name, x in leaves.items()}
     oracle = results(leaves, options, "reference", torch.float64)
     eager = results(leaves, options, "reference", dtype)
@@ -93,6 +95,40 @@ def test_random_configuration_equals_the_reference(seed, monkeypatch):
     for name, expected in oracle.items():
         floor = 1e-13 if dtype == torch.float64 else 0.0
         assert_as_good_as_eager(got[name], eager[name], expected, floor=floor, what=f"{name} {options}")
+
+
+@pytest.mark.parametrize("factor", [5.0, 40.0, 1e4])
+@pytest.mark.parametrize("where", ["all", "last rows", "bias up", "bias down"])
+def test_scores_beyond_the_range_of_the_exponential(factor, where, monkeypatch):
+    # Scores of +-30, +-240 and +-60000, everywhere or only where most of the output is written already.
+    monkeypatch.setattr(torch_tiles, "CPU_SCORES", 2000)
+    torch.manual_seed(5)
+    leaves = {name: torch.randn(1, 9, 11, 2, 8) for name in ("query", "key", "value")}
+    options = {"kernel_size": 3}
+    if where == "all":
+        leaves["query"] *= factor
+    elif where == "last rows":
+        leaves["query"][:, 8] *= factor
+    else:
+        leaves["rpb"] = torch.randn(2, 5, 5) + (factor if where == "bias up" else -factor)
+    leaves = {name: x.double().requires_grad_() for name, x in leaves.items()}
+    oracle = results(leaves, options, "reference", torch.float64)
+    eager = results(leaves, options, "reference", torch.float32)
+    got = results(leaves, options, "torch", torch.float32)
+    for name, expected in oracle.items():
+        assert_as_good_as_eager(got[name], eager[name], expected, what=name)
+
+
+def test_scratch_memory_survives_inference_mode_and_other_shapes():
+    small, large = torch.randn(1, 7, 7, 1, 4), torch.randn(1, 20, 9, 3, 16)
+    expected = [ops.neighborhood_attention(x, x, x, kernel_size=3, backend="reference") for x in (small, large, small)]
+    with torch.inference_mode():
+        got = [ops.neighborhood_attention(x, x, x, kernel_size=3) for x in (small, large)]
+    leaf = small.clone().requires_grad_()
+    got.append(ops.neighborhood_attention(leaf, leaf, leaf, kernel_size=3))
+    got[-1].sum().backward()
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -104,8 +104,11 @@ class _Axis:
 
 def _tile(length: int, kernel: int) -> _Axis:
     """The tile with the fewest products; of equals the largest."""
-    choices = [_Axis(length, kernel, queries) for queries in range(min(4, length), min(length, 16) + 1)]
-    return min(reversed(choices), key=lambda axis: axis.cost)
+    best = _Axis(length, kernel, min(length, 16))
+    for queries in range(best.queries - 1, min(4, length) - 1, -1):  # a loop: graphs break on min with a key
+        axis = _Axis(length, kernel, queries)
+        best = axis if axis.cost < best.cost else best
+    return best
 
 
 def _places(tall: _Axis, wide: _Axis, device: torch.device) -> Tensor:

@@ -15,6 +15,9 @@ FLOOR = -80.0
 SAFE_LSE = 60.0
 # Few large steps: a call costs microseconds however little it does, so chunks may well outgrow a core's own cache.
 CHUNK_SCORES, CHUNK_KEYS = 1 << 19, 1 << 14
+# A small call takes steps of this share of its scores, and not less than the floor: its scratch memory stays a part of
+# what its inputs hold.
+CHUNK_SHARE, CHUNK_FLOOR = 1 / 24, 1 << 16
 # The fused kernel keeps its scores to itself; larger batches only save calls.
 FUSED_KEYS = 1 << 13
 
@@ -107,11 +110,13 @@ def explicit_forward(
         out, lse: written, [B, Hq, rows, Dv] and [B, Hq, rows].
         careful: keep hidden keys from touching anything even when they hold NaN or infinities.
     """
-    work, limit, dtype = Workspace(), torch.get_num_threads() * CHUNK_SCORES, accumulator(query.dtype)
+    work, dtype, threads = Workspace(), accumulator(query.dtype), torch.get_num_threads()
+    step = min(max(int(plan.scores * CHUNK_SHARE) // threads, CHUNK_FLOOR), CHUNK_SCORES)
+    limit, most_keys = threads * step, threads * CHUNK_KEYS
     queries, outs, lses = (TileRows(x, plan) for x in (query, out, lse))
     # One long row needs no batching: smaller steps stay in the cache.
     longest = max(1, limit // (2 * plan.tile_rows * keys.block))
-    for chunk in plan.chunks(limit, torch.get_num_threads() * CHUNK_KEYS, dtype):
+    for chunk in plan.chunks(limit, most_keys, dtype):
         taken = queries.take(chunk, dtype, work, "query")
         rows = torch.mul(taken, scale, out=work.get("rows", taken.shape, dtype, taken.device))
         total = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .geometry import Window
 from .tiles import Tiling, choose_sizes, tiling
 
 # Scores that are formed at a time: what stays in a core's cache, and what fills a GPU.
-CPU_SCORES, GPU_SCORES = 1 << 17, 1 << 25
+CPU_SCORES, GPU_SCORES = 1 << 16, 1 << 25
 # Masks of at most this many entries are kept from call to call.
 KEPT_MASK = 1 << 16
 # Lists of rows of at most this many entries likewise.
@@ -31,6 +31,7 @@ class Chunk:
             size]`.
         key_rows: rows of a key tensor seen as `[(N + M) * Hkv, ...]`, flat from `[tiles, heads, halo + M]`.
         mask_rows: entries of a mask `[N + M]`, as `[tiles, halo + M]`.
+        runs: tiles, counted from the chunk's first, that share one mask, and their kinds.
     """
 
     tiles: slice
@@ -38,13 +39,14 @@ class Chunk:
     query_rows: Tensor
     key_rows: Tensor
     mask_rows: Tensor
+    runs: tuple[tuple[slice, tuple[int, ...]], ...]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Tiles and heads."""
         return self.tiles.stop - self.tiles.start, self.heads.stop - self.heads.start
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Tiles times heads."""
         return math.prod(self.shape)
@@ -70,14 +72,14 @@ class TiledGrid:
 
     def __post_init__(self) -> None:
         self.tiles = tiling(self.windows, choose_sizes(self.windows))
-        self.scratch = Workspace(self.device)
+        self.scratch = Workspace(self.device, keep=True)
 
-    @property
+    @cached_property
     def queries(self) -> int:
         """Rows of a tile: its queries for each query head of the KV head."""
         return self.group * self.tiles.size
 
-    @property
+    @cached_property
     def keys(self) -> int:
         """Columns of a tile: its halo and the extra keys."""
         return self.tiles.halo + self.extra
@@ -90,13 +92,6 @@ class TiledGrid:
         rows = self.tiles.count * self.heads * (self.queries + self.keys)
         return iter(_kept_chunks(*cut)) if rows <= KEPT_ROWS else _chunks(*cut)
 
-    def runs(self, chunk: Chunk) -> Iterator[tuple[slice, tuple[int, ...]]]:
-        """Tiles of the chunk, from its first, that share one mask, and their kinds."""
-        first, stop = chunk.tiles.start, chunk.tiles.stop
-        for begin, end, kinds in self.tiles.runs:
-            if begin < stop and end > first:
-                yield slice(max(begin, first) - first, min(end, stop) - first), kinds
-
     def parts(self, x: Tensor, chunk: Chunk) -> Tensor:
         """A tensor `[rows, group * size, C]` as `[tiles, heads, group, size, C]`."""
         return x.view(*chunk.shape, self.group, self.tiles.size, -1)
@@ -108,16 +103,16 @@ class TiledGrid:
     # -- rows in and out -------------------------------------------------------------------------------------------
 
     def take_queries(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
-        """`[rows, group * size, C]` of a batch row `[N, Hq, C]`, in the scratch memory of this name."""
+        """`[rows, group * size, C]` of a batch row `[N * Hq, C]`, in the scratch memory of this name."""
         return self._take(name, x, chunk.query_rows, chunk.count)
 
     def take_keys(self, name: str, x: Tensor, chunk: Chunk) -> Tensor:
-        """`[rows, halo + M, C]` of a batch row `[N + M, Hkv, C]`."""
+        """`[rows, halo + M, C]` of a batch row `[(N + M) * Hkv, C]`."""
         return self._take(name, x, chunk.key_rows, chunk.count)
 
     def _take(self, name: str, x: Tensor, rows: Tensor, count: int) -> Tensor:
         got = self.scratch.take(name, (rows.numel(), x.shape[-1]), x.dtype)
-        torch.index_select(x.reshape(-1, x.shape[-1]), 0, rows, out=got)
+        torch.index_select(x, 0, rows, out=got)
         if x.dtype != self.dtype:
             got = self.scratch.take(name, got.shape, self.dtype).copy_(got)
         return got.view(count, -1, x.shape[-1])
@@ -127,19 +122,19 @@ class TiledGrid:
         return self.scratch.take(name, (chunk.count, rows, size), self.dtype)
 
     def put_queries(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
-        """Write `[rows, group * size, C]` to their places in a contiguous `[N, Hq, C]`.
+        """Write `[rows, group * size, C]` to their places in `[N * Hq, C]`.
 
         The padding of a tile repeats a query, so it writes the same again.
         """
-        x.view(-1, x.shape[-1]).index_copy_(0, chunk.query_rows, rows.view(-1, x.shape[-1]).to(x.dtype))
+        x.index_copy_(0, chunk.query_rows, rows.view(-1, x.shape[-1]).to(x.dtype))
 
     def add_queries(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
         """Add them; padding must hold zeros."""
-        x.view(-1, x.shape[-1]).index_add_(0, chunk.query_rows, rows.view(-1, x.shape[-1]))
+        x.index_add_(0, chunk.query_rows, rows.view(-1, x.shape[-1]))
 
     def add_keys(self, x: Tensor, chunk: Chunk, rows: Tensor) -> None:
-        """Add `[rows, halo + M, C]` to a contiguous `[N + M, Hkv, C]`."""
-        x.view(-1, x.shape[-1]).index_add_(0, chunk.key_rows, rows.view(-1, x.shape[-1]))
+        """Add `[rows, halo + M, C]` to `[(N + M) * Hkv, C]`."""
+        x.index_add_(0, chunk.key_rows, rows.view(-1, x.shape[-1]))
 
     def clear_padding(self, x: Tensor, chunk: Chunk) -> Tensor:
         """`[rows, group * size, C]` with zeros in the padding of tiles, in place."""
@@ -160,20 +155,25 @@ class TiledGrid:
         shape = (chunk.count, self.queries, self.keys)
         hidden = torch.empty(shape, dtype=torch.bool, device=self.device)
         parts = self.parts(hidden, chunk)
-        for run, kinds in self.runs(chunk):
+        for run, kinds in chunk.runs:
             parts[run] = self.hidden(kinds)
         return hidden
 
-    def mask_bias(self, kinds: tuple[int, ...]) -> Tensor | None:
-        """-inf where hidden, else 0, `[size, halo + M]`; None where nothing is hidden."""
-        if self.tiles.size * self.keys > KEPT_MASK:
-            return _mask_bias(self.tiles, kinds, self.extra, self.device, self.dtype)
-        return _kept_mask_bias(self.tiles, kinds, self.extra, self.device, self.dtype)
+    def mask_table(self, kinds: tuple[int, ...], *, factors: bool) -> Tensor | None:
+        """-inf where hidden and else 0, as factors 0 and 1, `[halo + M, group * size]`; None where nothing is
+        hidden."""
+        made = _kept_mask_table if self.queries * self.keys <= KEPT_MASK else _mask_table
+        return made(self.tiles, kinds, self.group, self.extra, factors, self.device, self.dtype)
+
+
+def flat_rows(x: Tensor) -> tuple[Tensor, ...]:
+    """`[N * H, C]` of every batch row of a contiguous `[B, N, H, C]`."""
+    return x.flatten(1, 2).unbind(0)
 
 
 def finite(*tensors: Tensor) -> bool:
     """Whether no value is inf or NaN; a sum beyond the dtype's range counts as inf."""
-    return all(bool(x.sum().isfinite()) for x in tensors)
+    return all(math.isfinite(float(x.sum())) for x in tensors)
 
 
 def mix(weights: Tensor, values: Tensor, hidden: Tensor | None, into: Tensor) -> Tensor:
@@ -205,11 +205,18 @@ def _chunks(
         query_tokens, key_tokens = tiles.query_tokens(t).to(device), tiles.key_tokens(t).to(device)
         if extra:
             key_tokens = torch.cat([key_tokens, more.expand(len(key_tokens), -1)], 1)
+        runs = tuple(_runs_within(tiles, t))
         for h in _ranges(heads, heads_fit):
             numbers = torch.arange(h.start, h.stop, device=device)[:, None]
             query_rows = query_tokens[:, None, None] * (heads * group) + (numbers[..., None] * group + members)
             key_rows = key_tokens[:, None] * heads + numbers
-            yield Chunk(t, h, query_rows.flatten(), key_rows.flatten(), key_tokens)
+            yield Chunk(t, h, query_rows.flatten(), key_rows.flatten(), key_tokens, runs)
+
+
+def _runs_within(tiles: Tiling, part: slice) -> Iterator[tuple[slice, tuple[int, ...]]]:
+    for begin, end, kinds in tiles.runs:
+        if begin < part.stop and end > part.start:
+            yield slice(max(begin, part.start) - part.start, min(end, part.stop) - part.start), kinds
 
 
 @lru_cache(16)
@@ -218,15 +225,22 @@ def _kept_chunks(*cut) -> tuple[Chunk, ...]:
         return tuple(_chunks(*cut))
 
 
-def _mask_bias(
-    tiles: Tiling, kinds: tuple[int, ...], extra: int, device: torch.device, dtype: torch.dtype
+def _mask_table(
+    tiles: Tiling,
+    kinds: tuple[int, ...],
+    group: int,
+    extra: int,
+    factors: bool,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     with torch.inference_mode(False):
         mask = tiles.mask(kinds)
         if bool(mask.all()):
             return None
-        bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
-        return torch.nn.functional.pad(bias, (0, extra)).to(device)
+        mask = torch.nn.functional.pad(mask, (0, extra), value=True).mT.repeat(1, group)
+        table = mask.to(dtype) if factors else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        return table.to(device)
 
 
-_kept_mask_bias = lru_cache(128)(_mask_bias)
+_kept_mask_table = lru_cache(128)(_mask_table)
