@@ -186,6 +186,8 @@ BARS = (
     *(_LINEAR.bar(f"linear-{h}{tail}", f"dense, 4096, {h} head(s), {kind}", f"{h} heads", kind, 6)
       for h in (1, 4) for tail, kind in (("", "forward"), ("-training", "forward and backward"))),
     *(_LINEAR.bar(f"linear-{h}-growth", "time(32k) / time(2k)", f"{h} heads", "growth", 20, most=True) for h in (1, 4)),
+    _LINEAR.bar("linear-4-growth-16k", "time(16k) / time(4k)", "4 heads", "growth to 16k", 5.5, most=True),
+    _LINEAR.bar("linear-4-masked", "the masked form with its decays at hand, 4096", "4 heads", "over masked form", 20),
     _LAYER.bar("lserve-32k", "the whole cache, a list a query head, 32768", "32768 per query head", "speed-up", 2.5),
     _LAYER.bar("lserve-64k", "the same, 65536", "65536 per query head", "speed-up", 6),
     _LAYER.bar("lserve-group-32k", "the same, a list a group, 32768", "32768 group_max", "speed-up", 6),
