@@ -47,7 +47,7 @@ bench.command("mask", cls=ListOptions)(mask)
 bench.command("peer", cls=ListOptions)(peer)
 bench.command("model", cls=ListOptions)(model)
 bench.command("report")(report)
-bench.command("bars")(bars)
+bench.command("bars", cls=ListOptions)(bars)
 
 
 @bench.command("decode", cls=NumberLists)

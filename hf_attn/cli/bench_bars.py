@@ -17,7 +17,7 @@ from hf_attn.cli.common import console, one_clear_line, progress_line
 
 
 def bars(
-    only: list[str] = typer.Option([], "--only", help="Bars whose name starts so; may be repeated."),
+    only: list[str] = typer.Option([], "--only", metavar="NAME ...", help="Bars whose name starts so."),
     runs: int = typer.Option(2, min=1, help="Runs of every command; the worst counts."),
     show: bool = typer.Option(False, "--list", help="List the bars, their commands and time, and measure nothing."),
     output: Path = typer.Option(Path("hf-attn-bars.csv"), "--output", help="Append figures to this .csv or .jsonl."),
@@ -29,14 +29,15 @@ def bars(
     A figure that the output file has already (same machine, versions and commit) is not measured again. Bars that need
     a GPU or a C++ compiler are skipped where there is none.
 
-    Example: `hf-attn bench bars --only psa --only linear`
+    Example: `hf-attn bench bars --only psa linear`
     """
     with one_clear_line():
         if report is not None:
             from hf_attn.bench.report import require_matplotlib
 
             require_matplotlib()
-        work = Work(chosen(only), runs, None if show else Store(output, again=again), again)
+        names = [name for text in only for name in text.replace(",", " ").split()]
+        work = Work(chosen(names), runs, None if show else Store(output, again=again), again)
         console.print(head_line(), highlight=False)
         minutes = math.ceil(work.seconds() / 60)
         console.print(f"{len(work.runnable())} processes to run, about {minutes} min on quiet cores", highlight=False)

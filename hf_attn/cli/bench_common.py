@@ -38,7 +38,7 @@ RESULTS = typer.Option(OUTPUT, "--output", help="Append rows to this .csv or .js
 AGAIN = typer.Option(False, "--again", help="Measure rows that the file has already.")
 RUN = typer.Option("", "--run", help="A name that keeps rows apart from those of another run.")
 REPORT = typer.Option(None, "--report", help="Write an HTML page with plots of the file, and PNGs beside it.")
-_LISTS = ("--lengths", "--density", "--dtype", "--passes", "--path", "--threads-list")
+_LISTS = ("--lengths", "--density", "--dtype", "--passes", "--path", "--threads-list", "--only")
 
 
 class ListOptions(TyperCommand):
@@ -57,6 +57,8 @@ class ListOptions(TyperCommand):
 def _is_value(option: str, text: str) -> bool:
     if option in ("--lengths", "--density", "--threads-list"):
         return text.replace(".", "", 1).isdecimal()
+    if option == "--only":
+        return not text.startswith("-")
     words = {
         "--dtype": DTYPES,
         "--passes": (*PASSES, "prefill", "train"),
