@@ -230,7 +230,7 @@ BARS = (
     _NEAR.bar("neighborhood-video-training", "the same with backward", f"{_FRAMES} fwd+bwd", "over masked", 10),
     _NEAR.bar("neighborhood-image-plain", "dense without a mask, 56x56", f"{_IMAGE} fwd", "over plain", 5),
     _NEAR.bar("neighborhood-video-plain", "dense without a mask, 16x32x32", f"{_FRAMES} fwd", "over plain", 5),
-    _BILEVEL.bar("biformer", "dense, 56x56, 4 of 49 regions", "forward", "blocks", 3),
+    _BILEVEL.bar("biformer", "dense, 56x56, 4 of 49 regions, copied as by default", "forward", "copy", 3),
     _SPANNED.bar("emov2-window", "dense, 32x32, dim 160", "spanned 32x32", "forward", 2),
     _MIXING.bar("overlock-mixing", "unfolded windows, 28x28, K 13", "mixing 28x28 K 13 4 x 16", "forward", 2),
     _DINAT.bar("dinat", "masked dense, a backbone at 512 pixels", "dinat", "speed-up", 3),
