@@ -12,6 +12,7 @@ from hf_attn.bench.figures import Row, collect
 from hf_attn.bench.peers import cxx_missing
 from hf_attn.bench.record import Row as Record
 from hf_attn.bench.record import Store, environment, key_of, read_rows
+from hf_attn.checks import did_you_mean
 
 # A bar holds with this much to spare; runs of one bar that differ by more than `RESTLESS` decide nothing, and a run
 # whose dense (or peer) rounds spread by more does not count.
@@ -188,7 +189,11 @@ def chosen(only: Iterable[str]) -> list[Bar]:
     only = list(only)
     for word in only:
         if not any(bar.name.startswith(word) for bar in BARS):
-            raise ValueError(f"no bar is called {word!r}; there are {', '.join(bar.name for bar in BARS)}")
+            names = list(dict.fromkeys(bar.name.split("-")[0] for bar in BARS))
+            raise ValueError(
+                f"no bar is called {word!r}{did_you_mean(word, names)}; names begin with {', '.join(names)}, and "
+                "--list shows them all"
+            )
     return [bar for bar in BARS if not only or any(bar.name.startswith(word) for word in only)]
 
 

@@ -355,6 +355,7 @@ def experts_of_heads(**options):
         ({"attn_experts": 3, "attn_top_k": 1}, "must divide the 2 KV heads"),
         ({"attn_experts": 4, "attn_top_k": 1}, "kv_shared=True lets experts share"),
         ({"attn_experts": 3, "attn_top_k": 1, "kv_shared": True}, "multiple of the 2 KV heads"),
+        ({"attn_top_k": 1, "kv_shared": "yes"}, "must be True or False, got 'yes'"),
         ({"attn_top_k": 1, "patch_size": 0}, "uoe_patch_size"),
         ({"attn_top_k": 1, "gate_mode": "soft"}, "uoe_gate_mode"),
         ({"attn_top_k": 1, "layers": [9]}, "layer 9"),

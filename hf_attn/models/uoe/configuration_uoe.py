@@ -56,6 +56,8 @@ class UoeConfig(ThinFileConfig, PreTrainedConfig):
     def check_experts(self) -> None:
         """Raise ValueError for numbers that do not divide the block, and for unknown modes."""
         heads, experts, queries = self.num_key_value_heads, self.attention_experts(), self.num_attention_heads
+        if not isinstance(self.uoe_kv_shared, bool):
+            raise ValueError(f"uoe_kv_shared must be True or False, got {self.uoe_kv_shared!r}")
         if self.uoe_kv_shared:
             if experts < 1 or queries % experts or experts % heads:
                 raise ValueError(
