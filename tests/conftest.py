@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A compiled CPU kernel that this user has built must not decide what the tests run; `native_kernel` has one of its own.
+os.environ["HF_ATTN_CACHE"] = str(Path(tempfile.gettempdir(), "hf-attn-tests-without-kernel"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Workers side by side would wait for each other's cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -18,6 +22,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hf_attn.ops import reset_path_counts
+
+_NOTHING_BUILT = os.environ["HF_ATTN_CACHE"]
 
 
 def pytest_runtest_setup(item):
@@ -35,6 +41,30 @@ def fresh_state(monkeypatch):
     monkeypatch.delenv("HF_ATTN_BACKEND", raising=False)
     torch.manual_seed(0)
     reset_path_counts()
+
+
+@pytest.fixture(scope="session")
+def native_folder(tmp_path_factory):
+    """A cache with the compiled CPU kernel in it, built once for all workers of a run."""
+    from hf_attn.bench.peers import cxx_missing
+    from hf_attn.ops.hfattn_sparse import native
+
+    if cxx_missing():
+        pytest.skip("needs a C++ compiler: install g++, or set CXX")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "native"
+    os.environ["HF_ATTN_CACHE"] = str(folder)
+    try:
+        native.build()
+    finally:
+        os.environ["HF_ATTN_CACHE"] = _NOTHING_BUILT
+    return folder
+
+
+@pytest.fixture
+def native_kernel(native_folder, monkeypatch):
+    """The compiled CPU kernel is there, and used where it pays."""
+    monkeypatch.setenv("HF_ATTN_CACHE", str(native_folder))
 
 
 @pytest.fixture

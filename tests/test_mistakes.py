@@ -153,7 +153,7 @@ MISTAKES = {
     push_an_empty_folder: (ValueError, ""),
     plan_from_an_empty_folder: (ValueError, "holds no plan"),
     triton_without_a_gpu: (RuntimeError, "HF_ATTN_BACKEND=triton cannot run linear_attention: .*need a GPU.*Unset"),
-    unknown_backend: (ValueError, "HF_ATTN_BACKEND='cuda' is unknown; allowed: auto, reference, torch, triton"),
+    unknown_backend: (ValueError, "HF_ATTN_BACKEND='cuda' is unknown; allowed: auto, reference, torch, native, triton"),
     window_larger_than_the_map: (ValueError, "kernel_size"),
     assisted_decoding_with_a_state: (ValueError, "stateful|assisted|assistant"),
     states_that_are_not_exact: (ValueError, "must be float32 or float64, got torch.bfloat16"),

@@ -1,7 +1,7 @@
 """Public functional ops: validation and dispatch to a kernel.
 
-Layouts are `[B, H, N, D]` at every border. `HF_ATTN_BACKEND=reference|torch|triton` forces a path and fails loudly when
-it cannot run; unset, the fastest path for the device is taken.
+Layouts are `[B, H, N, D]` at every border. `HF_ATTN_BACKEND=reference|torch|native|triton` forces a path and fails
+loudly when it cannot run; unset, the fastest path for the device is taken.
 """
 
 from pathlib import Path

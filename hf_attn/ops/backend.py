@@ -28,6 +28,9 @@ class Rows(TypedDict, total=False):
 
 
 _VARIABLE = "HF_ATTN_BACKEND"
+# The torch path with the compiled CPU kernel inside, which is otherwise used where it is built and pays.
+_NATIVE = "native"
+NATIVE_OPS = frozenset({"block_sparse_attention", "pyramid_attention"})
 _CHECK_VARIABLE = "HF_ATTN_CHECK"
 # Ops that have a Triton path.
 TRITON_OPS = frozenset(
@@ -54,14 +57,19 @@ TRITON_HEAD_DIMS = "multiples of 8 from 8 to 256"
 
 
 def forced_backend() -> Path | None:
-    """The value of HF_ATTN_BACKEND, `None` when unset or "auto"; raises ValueError on anything unknown."""
+    """The path that HF_ATTN_BACKEND forces, `None` when unset or "auto"; raises ValueError on anything unknown.
+
+    "native", the compiled CPU kernel, is a way of the torch path.
+    """
     value = os.environ.get(_VARIABLE, "").strip().lower()
     if value in ("", "auto"):
         return None
+    if value == _NATIVE:
+        return "torch"
     for path in get_args(Path):
         if value == path:
             return path
-    raise ValueError(f"{_VARIABLE}={value!r} is unknown; allowed: auto, reference, torch, triton")
+    raise ValueError(f"{_VARIABLE}={value!r} is unknown; allowed: auto, reference, torch, native, triton")
 
 
 def checks_enabled() -> bool:
@@ -81,6 +89,11 @@ def choose_path(op: str, query: Tensor, *head_dims: int) -> Path:
     one warning for each reason.
     """
     forced = forced_backend()
+    if forced == "torch" and op not in NATIVE_OPS and os.environ[_VARIABLE].strip().lower() == _NATIVE:
+        raise RuntimeError(
+            f"{_VARIABLE}=native cannot run {op}: only {', '.join(sorted(NATIVE_OPS))} have a compiled CPU kernel. "
+            f"Unset {_VARIABLE}, or set it to 'torch' or 'reference'."
+        )
     if forced in ("reference", "torch"):
         return forced
     if forced is None and query.device.type not in _TRITON_DEVICES:

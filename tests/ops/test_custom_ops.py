@@ -110,7 +110,7 @@ def test_bad_input_names_the_argument(name):
     ("value", "error", "message"),
     [
         ("triton", RuntimeError, "HF_ATTN_BACKEND=triton cannot run"),
-        ("cuda", ValueError, "HF_ATTN_BACKEND='cuda' is unknown; allowed: auto, reference, torch, triton"),
+        ("cuda", ValueError, "HF_ATTN_BACKEND='cuda' is unknown; allowed: auto, reference, torch, native, triton"),
     ],
 )
 def test_a_forced_backend_that_cannot_run(value, error, message, monkeypatch):

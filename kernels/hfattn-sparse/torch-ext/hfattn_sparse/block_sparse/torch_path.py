@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import native
+from ..counters import count
+from . import native_path
 from .tiling import BlockTable, Geometry, TilePlan, TileRows, plan_tiles, row_runs
 from .torch_backward import Gradients, explicit_backward
 from .torch_forward import NEG_INF, SAFE_LSE, accumulator, can_fuse, explicit_forward, fused_forward, score_bound
@@ -38,8 +41,10 @@ def forward(
         out [B, Hq, Nq, Dv] in the query's dtype, lse [B, Hq, Nq] in fp32 (fp64 for fp64). A row that sees nothing
         gives 0 and -inf. Keys that a row does not see never reach it, not even as NaN.
     """
-    geometry, plans, tables = _prepare(query, key, value, indices, block_q, block_k, causal, key_bias)
-    keys, values, bias = tables
+    geometry, plans = _plan(query, key, indices, block_q, block_k, causal, key_bias)
+    if _native(query, key, value, plans, scale, key_bias):
+        return _native_forward(geometry, plans, query, key, value, scale)
+    keys, values, bias = _tables(geometry, plans, query, key, value, key_bias)
     fused = can_fuse(query, key, value, key_bias) and sum(plan.scores for _, plan in plans) > SMALL
     # Without a bias no score needs a maximum subtracted, unless the result says so afterwards.
     plain = key_bias is None
@@ -84,8 +89,8 @@ def backward(
         grad_out, grad_lse: gradients of the two results of `forward`; `grad_lse` may be None.
         out, lse: the results of `forward` on the same inputs. Everything else as in `forward`.
     """
-    geometry, plans, tables = _prepare(query, key, value, indices, block_q, block_k, causal, key_bias)
-    keys, values, bias = tables
+    geometry, plans = _plan(query, key, indices, block_q, block_k, causal, key_bias)
+    keys, values, bias = _tables(geometry, plans, query, key, value, key_bias)
     careful = not all(bool(x.sum().isfinite()) for x in (query, key, value))
     bound = float("inf") if careful or key_bias is not None else score_bound(query, key, scale)
     small = sum(plan.scores for _, plan in plans) <= SMALL
@@ -105,8 +110,38 @@ def backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
-def _prepare(query, key, value, indices, block_q: int, block_k: int, causal: bool, key_bias):
-    """Geometry, the tile plan of every run of equal query blocks, and keys, values and bias as tables of blocks."""
+def _native(query, key, value, plans: list[tuple[slice, TilePlan]], scale: float, key_bias) -> bool:
+    """Whether the compiled kernel takes the call: where it is built, unless it is small or its tiles are thin."""
+    if native.obstacle(query, key, value, scale) is not None:
+        return False
+    if key_bias is not None:
+        native.refuse("it takes no key_bias")
+        return False
+    if native.wanted():
+        return True
+    thin = any(plan.tile_rows < native_path.FEWEST_ROWS for _, plan in plans)
+    return not thin and sum(plan.scores for _, plan in plans) > SMALL
+
+
+def _native_forward(geometry: Geometry, plans, query, key, value, scale: float) -> tuple[Tensor, Tensor]:
+    """As `forward`, by the compiled kernel; what comes out not finite is looked at again here."""
+    count("block_sparse_attention", "torch: native")
+    complete = bool(plans) and all(len(plan.tiles) == plan.num_tiles for _, plan in plans)
+    shape = (*query.shape[:3], value.shape[3])
+    out = query.new_empty(shape) if complete else query.new_zeros(shape)
+    lse = torch.full(query.shape[:3], NEG_INF)
+    finite = [native_path.forward(plan, query, key, value, scale, out, lse) for _, plan in plans]
+    if not all(finite):
+        keys, values, _ = _tables(geometry, plans, query, key, value, None)
+        for rows, plan in plans:
+            _repair(plan, query[:, :, rows], keys, values, scale, None, out[:, :, rows], lse[:, :, rows])
+    return out, lse
+
+
+def _plan(
+    query, key, indices, block_q: int, block_k: int, causal: bool, key_bias
+) -> tuple[Geometry, list[tuple[slice, TilePlan]]]:
+    """Geometry, and the tile plan of every run of equal query blocks."""
     batch, q_heads, q_len, _ = query.shape
     kv_heads, k_len = key.shape[1:3]
     block_k = max(1, min(block_k, k_len))
@@ -120,11 +155,17 @@ def _prepare(query, key, value, indices, block_q: int, block_k: int, causal: boo
         for rows, columns, block_rows in row_runs(q_len, block_q):
             plan = plan_tiles(indices[:, :, columns], geometry, rows.start, block_rows, fold=fold)
             plans.append((rows, plan))
-    few = 2 * sum(plan.work for _, plan in plans) < batch * kv_heads * geometry.key_blocks
+    return geometry, plans
+
+
+def _tables(geometry: Geometry, plans, query, key, value, key_bias):
+    """Keys, values and bias as tables of blocks."""
+    block_k = geometry.block_k
+    few = 2 * sum(plan.work for _, plan in plans) < (geometry.batch * geometry.kv_heads * geometry.key_blocks)
     bias = None
     if key_bias is not None:
         bias = BlockTable(key_bias[..., None].to(accumulator(query.dtype)), block_k)
-    return geometry, plans, (BlockTable(key, block_k, few=few), BlockTable(value, block_k, few=few), bias)
+    return BlockTable(key, block_k, few=few), BlockTable(value, block_k, few=few), bias
 
 
 def _tile_bias(plan: TilePlan, bias: BlockTable | None):

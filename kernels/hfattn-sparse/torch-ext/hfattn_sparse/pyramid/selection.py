@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import native
 from ..block_sparse.tiling import Workspace
 from .pooling import LEVELS, num_blocks, pad_tokens
 
@@ -108,6 +109,13 @@ def sampled_importance(
     p is the softmax over all sampled keys ("softmax"), or exp(score - row maximum) ("rowmax"). fp32 (fp64 for fp64).
     An offset past the end of a partial last block reads the last token. Half precision rounds the scores.
     """
+    if _native(query, key, offsets_k, scale, estimator, reduce):
+        tokens = [
+            _sample_rows(offsets.flatten(0, 1)[:, None], num_blocks(x.shape[2], block), block, x.shape[2])
+            for offsets, x, block in ((offsets_q, query, block_q), (offsets_k, key, block_k))
+        ]
+        out = native.importance(query, key, *(x.unflatten(0, query.shape[:2]) for x in tokens), scale)
+        return out.div_(out.sum(-1, keepdim=True))
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch, heads = query.shape[:2]
     ratio = heads // key.shape[1]
@@ -133,8 +141,14 @@ def sampled_importance(
     return out.div_(out.sum(-1, keepdim=True))
 
 
+def _native(query: Tensor, key: Tensor, offsets_k: Tensor, scale: float, estimator: str, reduce: str) -> bool:
+    """Whether the compiled kernel weighs the samples: it knows the released rule only."""
+    released = (estimator, reduce) == ("softmax", "max") and offsets_k.shape[2] <= native.MOST_SAMPLES
+    return released and native.possible(query, key, key, scale)
+
+
 def _sample_rows(offsets: Tensor, blocks: int, block: int, length: int) -> Tensor:
-    """Token of every sampled offset in every block, int64 `[blocks, samples]`."""
+    """Token of every sampled offset in every block, int64 `[..., blocks, samples]` of offsets `[..., 1, samples]`."""
     rows = torch.arange(blocks, device=offsets.device)[:, None] * block + offsets
     return rows.clamp(max=length - 1)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import native
 from ..block_sparse.tiling import Workspace
 from ..block_sparse.torch_forward import NEG_INF, SAFE_LSE, accumulator, stable_exp
-from . import torch_half
+from ..counters import count
+from . import native_path, torch_half
 from .pooling import UNITS, unpool
 from .tiles import Pieces, Plan, Tables, Tile, per_head, plan_tiles
 
@@ -42,12 +44,21 @@ def forward(
     if not query.numel() or not key.shape[2]:
         out = query.new_zeros(*query.shape[:3], value.shape[3])
         return out, query.new_full(query.shape[:3], NEG_INF, dtype=dtype)
-    plan = plan_tiles(levels, query, key, block_q, block_k, causal)
     out = query.new_empty(*query.shape[:3], value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=dtype)
+    offset = key.shape[2] - query.shape[2]
+    if _native(query, key, value, levels, block_q, block_k, scale):
+        count("pyramid_attention", "torch: native")
+        if not native_path.forward(query, key, value, levels, block_q, block_k, causal, scale, tail, out, lse):
+            good = out.isfinite().all(-1)
+            plan = plan_tiles(levels, query, key, block_q, block_k, causal)
+            tables = Tables(key, value, block_k, tail, dtype)
+            _recompute(plan, good, query, tables, scale, offset, out, lse)
+        return out, lse
+    plan = plan_tiles(levels, query, key, block_q, block_k, causal)
     if not plan.complete:
         out.zero_()
-    offset, tables = key.shape[2] - query.shape[2], None
+    tables = None
     if torch_half.can_fuse(query, key, value, scale) and plan.size * block_k // 8 * block_q > SMALL:
         lse.fill_(NEG_INF)
         torch_half.forward(plan, query, key, value, out, lse, block_k, scale, tail)
@@ -62,6 +73,15 @@ def forward(
         tables = tables or Tables(key, value, block_k, tail, dtype)
         _recompute(plan, good, query, tables, scale, offset, out, lse)
     return out, lse
+
+
+def _native(query, key, value, levels: Tensor, block_q: int, block_k: int, scale: float) -> bool:
+    """Whether the compiled kernel takes the call: where it is built, unless it is small or its tiles are thin."""
+    if native.obstacle(query, key, value, scale) is not None:
+        return False
+    if native.wanted():
+        return True
+    return block_q >= native_path.FEWEST_ROWS and native_path.scores(levels, block_q, block_k) > SMALL
 
 
 def _plain_forward(

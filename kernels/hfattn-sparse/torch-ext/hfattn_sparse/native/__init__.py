@@ -1,0 +1,23 @@
+"""Attention on a CPU by a compiled kernel: optional, built once by `library.build`, used wherever it then can."""
+
+from .library import BuildError, available, build, built_file, has_matrix_tiles
+from .tiles import MOST_SAMPLES, Lists, Pools, Rows, Segments, attend, importance, obstacle, possible, refuse, wanted
+
+__all__ = [
+    "MOST_SAMPLES",
+    "BuildError",
+    "Lists",
+    "Pools",
+    "Rows",
+    "Segments",
+    "attend",
+    "available",
+    "build",
+    "built_file",
+    "has_matrix_tiles",
+    "importance",
+    "obstacle",
+    "possible",
+    "refuse",
+    "wanted",
+]
