@@ -17,11 +17,17 @@ def forward(plan: TilePlan, query: Tensor, key: Tensor, value: Tensor, scale: fl
 
     query `[B, Hq, Nq, D]`, out and lse contiguous `[B, Hq, Nq, ...]`: all rows, not those of the plan alone.
     """
-    geometry = plan.geometry
+    strides = query.stride(), key.stride(), value.stride()
+    if strides not in plan.prepared:
+        plan.prepared[strides] = _rows(plan, query), _segments(plan, key, value), _lists(plan)
+    rows, segments, lists = plan.prepared[strides]
+    return attend(query, key, value, rows, segments, lists, scale, out, lse)
+
+
+def _lists(plan: TilePlan) -> Lists:
     bound = torch.arange(plan.local.shape[1]) < plan.counts[:, None]
-    blocks = plan.local + plan.head_rows(geometry.kv_heads)[:, None] * geometry.key_blocks
-    lists = Lists.from_mask(bound, blocks)
-    return attend(query, key, value, _rows(plan, query), _segments(plan, key, value), lists, scale, out, lse)
+    blocks = plan.local + plan.head_rows(plan.geometry.kv_heads)[:, None] * plan.geometry.key_blocks
+    return Lists.from_mask(bound, blocks)
 
 
 def _rows(plan: TilePlan, query: Tensor) -> Rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,7 @@ class TilePlan:
         local: [t, M] the key blocks of every tile, ascending, the first `counts` of them valid.
         counts: [t] key blocks of every tile, >= 1.
         edges: [t] how many of them, the last ones, need a mask.
+        prepared: what a path has worked out from the plan and wants to find again.
     """
 
     geometry: Geometry
@@ -104,6 +105,7 @@ class TilePlan:
     local: Tensor
     counts: Tensor
     edges: Tensor
+    prepared: dict = field(init=False, repr=False, compare=False, default_factory=dict)
 
     @property
     def heads(self) -> int:

@@ -8,7 +8,8 @@ from torch import Tensor
 from .. import native
 from ..counters import count
 from . import native_path
-from .tiling import BlockTable, Geometry, TilePlan, TileRows, plan_tiles, row_runs
+from .plans import Plans, plans_of
+from .tiling import BlockTable, Geometry, TilePlan, TileRows
 from .torch_backward import Gradients, explicit_backward
 from .torch_forward import NEG_INF, SAFE_LSE, accumulator, can_fuse, explicit_forward, fused_forward, score_bound
 
@@ -110,7 +111,7 @@ def backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
-def _native(query, key, value, plans: list[tuple[slice, TilePlan]], scale: float, key_bias) -> bool:
+def _native(query, key, value, plans: Plans, scale: float, key_bias) -> bool:
     """Whether the compiled kernel takes the call: where it is built, unless it is small or its tiles are thin."""
     if native.obstacle(query, key, value, scale) is not None:
         return False
@@ -138,24 +139,15 @@ def _native_forward(geometry: Geometry, plans, query, key, value, scale: float) 
     return out, lse
 
 
-def _plan(
-    query, key, indices, block_q: int, block_k: int, causal: bool, key_bias
-) -> tuple[Geometry, list[tuple[slice, TilePlan]]]:
-    """Geometry, and the tile plan of every run of equal query blocks."""
+def _plan(query, key, indices, block_q: int, block_k: int, causal: bool, key_bias) -> tuple[Geometry, Plans]:
+    """Geometry, and the tile plan of every run of equal query blocks; plans of the last patterns are kept."""
     batch, q_heads, q_len, _ = query.shape
     kv_heads, k_len = key.shape[1:3]
     block_k = max(1, min(block_k, k_len))
     geometry = Geometry(batch, q_heads, kv_heads, q_len, k_len, block_q, block_k, causal)
-    if indices.numel() and int(indices.max()) >= geometry.key_blocks:
-        raise ValueError(f"indices name key block {int(indices.max())}, but there are only {geometry.key_blocks}.")
     # A bias of its own for every query head keeps the rows of a group apart.
     fold = geometry.group > 1 and (key_bias is None or key_bias.shape[1] in (1, kv_heads))
-    plans = []
-    if indices.numel() and query.numel() and k_len:
-        for rows, columns, block_rows in row_runs(q_len, block_q):
-            plan = plan_tiles(indices[:, :, columns], geometry, rows.start, block_rows, fold=fold)
-            plans.append((rows, plan))
-    return geometry, plans
+    return geometry, plans_of(indices, geometry, fold) if query.numel() and k_len else []
 
 
 def _tables(geometry: Geometry, plans, query, key, value, key_bias):

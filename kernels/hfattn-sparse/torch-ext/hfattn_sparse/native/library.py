@@ -24,7 +24,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ATTEND = (
     _INT, *[_POINTER] * 5, *[_LONG] * 5, ctypes.c_float, _LONG, *[_POINTER] * 5, _LONG, *[_POINTER] * 7, _INT,
-    *[_POINTER] * 5, _INT,
+    *[_POINTER] * 5, _LONG, _INT,
 )  # fmt: skip
 
 _IMPORTANCE = (_INT, *[_POINTER] * 3, _LONG, ctypes.c_float, *[_LONG] * 5, *[_POINTER] * 2, _INT)

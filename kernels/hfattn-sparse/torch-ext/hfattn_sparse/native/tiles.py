@@ -148,7 +148,7 @@ def attend(
         _TYPES[query.dtype], *_pointers(query, key, value, out, lse), query.shape[-1], value.shape[-1],
         query.stride(-2), key.stride(-2), value.stride(-2), scale, len(rows.starts) - 1, *_pointers(*rows),
         len(segments.keys), *_pointers(*segments[:5]), *_pointers(*pools[:2]), int(pools[2]), *_pointers(*pools[3:]),
-        *_pointers(*lists), torch.get_num_threads(),
+        *_pointers(*lists), out.numel() // max(value.shape[-1], 1), torch.get_num_threads(),
     )  # fmt: skip
     if outcome & 1:
         raise MemoryError(_NO_MEMORY)
