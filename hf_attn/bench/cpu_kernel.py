@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> list[Speed]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one line for programs instead of a table")
     args = parser.parse_args(argv)
+    _require_library()
     for dtype in DTYPES:
         share = worst(dtype)
         if not share <= 1:
@@ -144,6 +146,18 @@ def main(argv: Sequence[str] | None = None) -> list[Speed]:
     else:
         print(call, *map(told, speeds), sep="\n")
     return speeds
+
+
+def _require_library() -> None:
+    """End in one line unless the kernel is built and can be loaded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            if native.available():
+                return
+        except UserWarning as warning:
+            raise SystemExit(str(warning)) from None
+    raise SystemExit("the CPU kernel is not built: run hf-attn build-cpu")
 
 
 def told(one: Speed) -> str:

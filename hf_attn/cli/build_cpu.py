@@ -79,7 +79,7 @@ def _checked(file: Path) -> dict[str, Any]:
     reason = f"it ended with {signal.Signals(-done.returncode).name}" if done.returncode < 0 else last
     raise RuntimeError(
         f"the compiled kernel failed its check and was deleted: {reason}. Attention runs on the torch path, as before; "
-        "try another compiler: CXX=clang++ hf-attn build-cpu"
+        "set CXX to try another compiler"
     )
 
 

@@ -143,9 +143,14 @@ def test_the_check_lets_right_results_through_and_no_wrong_ones(dtype, native_ke
     assert not cpu_kernel.error(plain.clone().index_fill(0, torch.tensor([3]), float("nan")), plain, right) <= 1
 
 
-def test_the_check_needs_a_built_kernel():
-    with pytest.raises(RuntimeError, match="not built"):
-        cpu_kernel.worst(torch.float32)
+def test_the_check_needs_a_kernel_that_loads(cache):
+    with pytest.raises(SystemExit, match="not built: run hf-attn build-cpu"):
+        cpu_kernel.main([])
+    cache.mkdir()
+    library.built_file().write_text("no machine code")
+    library._load.cache_clear()
+    with pytest.raises(SystemExit, match="is not used, for it cannot be loaded"):
+        cpu_kernel.main([])
 
 
 def test_doctor_says_that_it_is_not_built():

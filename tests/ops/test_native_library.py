@@ -146,7 +146,7 @@ def test_a_library_that_cannot_be_loaded_warns_and_is_not_used(cache):
     cache.mkdir()
     library.built_file().write_text("no machine code")
     library._load.cache_clear()
-    with pytest.warns(UserWarning, match="cannot be loaded and is not used .*hf-attn build-cpu --force"):
+    with pytest.warns(UserWarning, match="is not used, for it cannot be loaded .*; hf-attn build-cpu --force"):
         assert library.library() is None
     assert library.library() is None, "and says so once"
 

@@ -153,7 +153,8 @@ def _load(folder: str) -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(target))
     except OSError as error:  # a damaged file, or a system library that is older here or missing
-        warnings.warn(f"{target} cannot be loaded and is not used ({error}); hf-attn build-cpu --force", stacklevel=3)
+        text = f"{target} is not used, for it cannot be loaded ({error}); hf-attn build-cpu --force compiles it anew"
+        warnings.warn(text, stacklevel=3)
         return None
     loaded.hfa_attend.argtypes = _ATTEND
     loaded.hfa_attend.restype = _INT
