@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import hf_attn
 from hf_attn import checks, ops
 from hf_attn.cli.app import app
+from hf_attn.pattern import BlockPattern
 from tests.integrations.diffusers.tiny import build as pipeline
 from tests.integrations.transformers.tiny import build, tokens
 
@@ -111,6 +112,17 @@ def unknown_backend(_):
     ops.linear_attention(q, q, q, torch.ones(1))
 
 
+def native_without_a_build(_):
+    q = torch.randn(1, 1, 8, 8)
+    pattern = BlockPattern.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), block_q=4, block_k=4, q_len=8, k_len=8)
+    ops.block_sparse_attention(q, q, q, pattern)
+
+
+def native_for_an_op_without_it(_):
+    x = torch.randn(1, 4, 4, 1, 8)
+    ops.neighborhood_attention(x, x, x, kernel_size=3)
+
+
 def window_larger_than_the_map(_):
     x = torch.randn(1, 5, 5, 1, 8)
     ops.neighborhood_attention(x, x, x, kernel_size=7)
@@ -154,11 +166,18 @@ MISTAKES = {
     plan_from_an_empty_folder: (ValueError, "holds no plan"),
     triton_without_a_gpu: (RuntimeError, "HF_ATTN_BACKEND=triton cannot run linear_attention: .*need a GPU.*Unset"),
     unknown_backend: (ValueError, "HF_ATTN_BACKEND='cuda' is unknown; allowed: auto, reference, torch, native, triton"),
+    native_without_a_build: (RuntimeError, "HF_ATTN_BACKEND=native .*not built .hf-attn build-cpu.*'torch' or unset"),
+    native_for_an_op_without_it: (RuntimeError, "native cannot run neighborhood_attention: only block_sparse.*Unset"),
     window_larger_than_the_map: (ValueError, "kernel_size"),
     assisted_decoding_with_a_state: (ValueError, "stateful|assisted|assistant"),
     states_that_are_not_exact: (ValueError, "must be float32 or float64, got torch.bfloat16"),
 }
-BACKENDS = {triton_without_a_gpu: "triton", unknown_backend: "cuda"}
+BACKENDS = {
+    triton_without_a_gpu: "triton",
+    unknown_backend: "cuda",
+    native_without_a_build: "native",
+    native_for_an_op_without_it: "native",
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda f: f.__name__.replace("_", " "))

@@ -92,6 +92,7 @@ def test_wheel_holds_the_kernels_and_nothing_foreign(wheel):
         "hf_attn/ops/hfattn_sparse/__init__.py",
         "hf_attn/ops/hfattn_sparse/block_sparse/torch_path.py",
         "hf_attn/ops/hfattn_sparse/launch_table.json",
+        "hf_attn/ops/hfattn_sparse/native/tiles.cpp",
         "hf_attn/ops/hfattn_sparse/routed/reference.py",
         "hf_attn/mechanisms/moba.py",
         "hf_attn/py.typed",
@@ -157,7 +158,8 @@ def test_the_source_distribution_builds_the_wheel(tmp_path):
     assert files <= names and "kernels/.hf_attn_kernels" in names
     assert {name.split("/")[0] for name in names} <= {*folders, *files, "PKG-INFO", ".gitignore", ".ci"}
     for folder in folders:
-        wanted = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md", ".yaml", ".json")]
+        kinds = (".py", ".md", ".yaml", ".json", ".cpp", ".h")
+        wanted = [path for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
         assert {str(path.relative_to(ROOT)) for path in wanted} <= names, folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from hf_attn.cli.bench import bench
+from hf_attn.cli.build_cpu import build_cpu
 from hf_attn.cli.build_kernels import build_kernels
 from hf_attn.cli.calibrate import calibrate
 from hf_attn.cli.convert import convert
@@ -30,6 +31,7 @@ app.command("convert")(convert)
 app.command("card")(card)
 app.command("push")(push)
 app.command("tune")(tune)
+app.command("build-cpu")(build_cpu)
 app.command("build-kernels")(build_kernels)
 app.command("recipe", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(recipe)
 app.add_typer(bench, name="bench")

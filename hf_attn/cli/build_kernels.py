@@ -14,7 +14,7 @@ def build_kernels(
     names: list[str] = typer.Argument(None, metavar="[NAME]...", help="Folders of kernels/; default all of them."),
     output: Path = typer.Option(Path("build"), "--output", help="Each kernel becomes a folder in here."),
 ) -> None:
-    """Build kernels for the Hub: one variant a backend, Python only, no compiler.
+    """Build kernels for the Hub: one variant a backend, sources only, no compiler.
 
     Example: `hf-attn build-kernels hfattn-sparse --output build`, then in Python
     `kernels.get_local_kernel(Path("build/hfattn-sparse"))`

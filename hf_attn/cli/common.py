@@ -23,9 +23,13 @@ def one_clear_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        message = escape(" ".join(str(error).split()))
-        _errors.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True, markup=True)
-        raise typer.Exit(2) from None
+        raise failed(" ".join(str(error).split()), status=2) from None
+
+
+def failed(message: str, *, status: int) -> typer.Exit:
+    """Print the message, as it stands, on standard error; what to raise."""
+    _errors.print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True, markup=True)
+    return typer.Exit(status)
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:

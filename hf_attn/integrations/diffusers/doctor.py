@@ -18,6 +18,7 @@ from hf_attn.integrations.diffusers.model import checked, installed_in, supporte
 from hf_attn.integrations.diffusers.potential import Potential, Size, can_count, count_work, example_inputs
 from hf_attn.integrations.diffusers.stats import SiteStats
 from hf_attn.mechanism import DiffusionConfig
+from hf_attn.ops.cpu_kernel import cpu_kernel_state
 from hf_attn.report import DoctorReport
 
 DENSITIES = (0.3, 0.2)
@@ -52,6 +53,8 @@ def doctor(
         report.problems.append("no mechanism is set; call hf_attn.apply(pipe, name)")
     for component, (model, found) in installed.items():
         _check_installed(component, model, found, report)
+    if any(parameter.device.type == "cpu" for model, _ in installed.values() for parameter in model.parameters()):
+        report.lines.append(cpu_kernel_state())
     if probe and size is not None:
         for component, (model, found) in installed.items():
             _probe(component, model, found, size, target, report)

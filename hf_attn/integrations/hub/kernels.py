@@ -1,4 +1,4 @@
-"""Building the kernels of `kernels/` for the Hub: Python-only variants, one a backend, that `kernels` can load."""
+"""Building the kernels of `kernels/` for the Hub: variants without binaries, one a backend, that `kernels` can load."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ def kernel_folders(sources: Path) -> dict[str, Path]:
 def build_kernel(folder: Path, output: Path) -> list[Path]:
     """Write the kernel in `folder` to `output/build/torch-<backend>`, with its README beside `build`.
 
-    Every variant is the Python source as it is, with an op namespace of its own in `_ops.py`, so that it can be loaded
-    beside the package and beside other versions, and a `metadata.json` with a digest of every file. The same sources
-    give the same build. What `output` held of an earlier build is replaced.
+    Every variant is the Python source as it is and the files it reads, with an op namespace of its own in `_ops.py`, so
+    that it can be loaded beside the package and beside other versions, and a `metadata.json` with a digest of every
+    file. C++ among them travels as text, which whoever loads the kernel may compile; nothing is compiled here. The same
+    sources give the same build. What `output` held of an earlier build is replaced.
 
-    Returns the variant folders. Raises ValueError when `build.toml` or the sources are not those of a Python-only
-    kernel, naming the file and the entry.
+    Returns the variant folders. Raises ValueError when `build.toml` or the sources are not those of a kernel that loads
+    without being compiled, naming the file and the entry.
     """
     general, suffixes = _read_build(folder)
     source = folder / "torch-ext" / general["name"].replace("-", "_")
@@ -110,7 +111,7 @@ def _read_build(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     if unknown or not general["backends"]:
         raise ValueError(f"{path}: general.backends must be some of {', '.join(BACKENDS)}, got {general['backends']}")
     if not suffixes:
-        raise ValueError(f"{path}: torch-noarch.pyext is missing: only Python-only kernels are built here")
+        raise ValueError(f"{path}: torch-noarch.pyext is missing: only kernels that need no compiler are built here")
     return general, tuple(f".{suffix}" for suffix in suffixes)
 
 

@@ -221,12 +221,16 @@ def _check_rows(model: PreTrainedModel, name: str, ids: Tensor, report: DoctorRe
 
 def _describe_path(model: PreTrainedModel, paths: dict[str, int], report: DoctorReport) -> None:
     from hf_attn.ops.backend import choose_path
+    from hf_attn.ops.cpu_kernel import cpu_kernel_state
 
     variable = os.environ.get("HF_ATTN_BACKEND")
     setting = f"HF_ATTN_BACKEND={variable}" if variable else "HF_ATTN_BACKEND unset"
     try:
-        path = choose_path("block_sparse_attention", next(model.parameters()))
+        parameter = next(model.parameters())
+        path = choose_path("block_sparse_attention", parameter)
         report.lines.append(f"path of the ops: {path} ({setting})")
+        if parameter.device.type == "cpu":
+            report.lines.append(cpu_kernel_state())
     except (RuntimeError, ValueError) as error:
         report.problems.append(str(error))
     if paths:

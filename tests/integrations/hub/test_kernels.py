@@ -47,6 +47,7 @@ def test_a_build_is_complete(name, built):
         metadata = json.loads((variant / "metadata.json").read_text())
         files = {p.relative_to(variant).as_posix() for p in variant.rglob("*") if p.is_file()} - {"metadata.json"}
         assert files == metadata["digest"]["files"].keys() and "launch_table.json" in files
+        assert "native/tiles.cpp" in files and "native/library.py" in files
         assert "hf_attn::" not in (variant / "_ops.py").read_text()
         identities.add(metadata["id"])
         assert metadata["id"] in (variant / "_ops.py").read_text() and metadata["backend"] == {"type": variant.name[6:]}
@@ -123,6 +124,34 @@ def test_kernel_and_package_work_in_one_process(way, built):
     where = where / "build" / "torch-cpu" if way == "variant folder" else where
     arguments = [str(where)] + ["get_kernel"] * (way == "LOCAL_KERNELS")
     assert "both" in run_python(LOAD, *arguments, HF_HUB_OFFLINE="1")
+
+
+NATIVE = """
+import importlib, os, sys, torch
+from pathlib import Path
+import kernels
+kernel = kernels.get_local_kernel(Path(sys.argv[1]))
+native = importlib.import_module(kernel.__name__ + ".native")
+from hf_attn.ops.hfattn_sparse import native as packaged
+assert native.__file__ != packaged.__file__ and native.built_file() == packaged.built_file()
+assert native.available() and native.build() == packaged.build(), "one library for both"
+query, key, value = (torch.randn(1, h, 100, 16) for h in (4, 2, 2))
+lists = kernel.select_blocks(query, key, block_q=16, block_k=16, rule="density", amount=0.3, local=1)
+out = {}
+for path in ("torch", "native"):
+    os.environ["HF_ATTN_BACKEND"] = path
+    out[path], _ = kernel.block_sparse_attention(query, key, value, lists, block_q=16, block_k=16, causal=True)
+torch.testing.assert_close(*out.values())
+print(kernel.path_counts())
+"""
+
+
+@needs_kernels
+@pytest.mark.needs_cxx
+def test_a_loaded_kernel_uses_the_library_of_the_package(built, native_folder):
+    """The same sources have the same name in the cache."""
+    printed = run_python(NATIVE, str(built / "hfattn-sparse"), HF_HUB_OFFLINE="1", HF_ATTN_CACHE=str(native_folder))
+    assert "'block_sparse_attention | torch: native': 1" in printed
 
 
 @pytest.mark.parametrize(
