@@ -39,8 +39,9 @@ def head_routed_attention(
         tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length: as in `block_sparse_attention`.
 
     Returns `[B, Hq, Nq, Dv]`; rows that see no key give 0. Differentiable in query, key and value. Unless
-    HF_ATTN_BACKEND names a path, full rows are computed densely where that is faster: on CPUs short sequences and
-    choices of nearly all heads, on GPUs what needs gradients, and everything from Hopper on.
+    HF_ATTN_BACKEND names a path, full rows are computed densely where that is faster: on CPUs short sequences and,
+    unless the compiled kernel takes the call, choices of nearly all heads, on GPUs what needs gradients, and everything
+    from Hopper on.
 
     Raises ValueError for shapes or dtypes that do not fit, naming the argument.
     """

@@ -232,9 +232,9 @@ def test_documents(lengths, heads, dtype, native_path):
     assert not got.transpose(1, 2)[~real].any()
 
 
-def test_documents_in_any_order(native_path):
-    """Documents may be woven into each other, and into the prefix: everything goes by position."""
-    segments = torch.tensor([[0, 1, 1, 0, 2, -1, 1, 2, 2, 0, 1, 3, 3], [2, 2, 0, 0, 1, 1, 2, 1, 3, 3, 3, -1, -1]])
+def test_woven_documents(native_path):
+    """Slots of a document need not lie side by side."""
+    segments = torch.tensor([[0, 0, 1, 1, 2, -1, 1, 2, 2, 1, 1, 3, 3], [-1, 0, 0, 2, 1, 2, 1, 2, -1, 3, 3, 3, -1]])
     layout = TokenLayout.documents(segments)
     tensors = made(2, 6, 2, 13, 13, 16, 24, torch.float32)
     table = _table(layout, tensors[0])
