@@ -39,8 +39,9 @@ def head_routed_attention(
         tokens, cu_seqlens_q, cu_seqlens_k, key_start, key_length: as in `block_sparse_attention`.
 
     Returns `[B, Hq, Nq, Dv]`; rows that see no key give 0. Differentiable in query, key and value. Unless
-    HF_ATTN_BACKEND names a path, full rows are computed densely where that is faster: on CPUs short sequences and
-    choices of nearly all heads, on GPUs what needs gradients, and everything from Hopper on.
+    HF_ATTN_BACKEND names a path, full rows are computed densely where that is faster: on CPUs short sequences and,
+    unless the compiled kernel takes the call, choices of nearly all heads, on GPUs what needs gradients, and everything
+    from Hopper on.
 
     Raises ValueError for shapes or dtypes that do not fit, naming the argument.
     """
@@ -82,12 +83,14 @@ def routes_dense(query: Tensor, key: Tensor, value: Tensor, heads: Tensor) -> bo
 
     if not may_go_dense():
         return False
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     if query.device.type == "cuda":
-        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         return trains or (torch.version.hip is None and torch.cuda.get_device_capability(query.device)[0] >= 9)
     if query.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return torch_path.prefers_dense(heads, key)
+    # The compiled kernel has no backward, and that takes most of the time.
+    with_native = not trains and torch_path.may_take_native(query, key, value)
+    return torch_path.prefers_dense(heads, key, with_native)
 
 
 def zero_unchosen(out: Tensor, heads: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._ops import add_op_namespace_prefix
 from ..counters import count
 from ..sequences import HOST_SYNC
-from . import reference, torch_path
+from . import native_path, reference, torch_path
 
 
 def run_reference(query: Tensor, key: Tensor, value: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -20,6 +20,9 @@ def run_reference(query: Tensor, key: Tensor, value: Tensor, table: Tensor, scal
 @torch.library.custom_op(add_op_namespace_prefix("document_attention"), mutates_args=(), tags=HOST_SYNC)
 def document_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, scale: float) -> Tensor:
     """`[B, Hq, N, Dv]`; table int32 `[B, 3, N]` as in the reference."""
+    if torch_path.takes_native(query, key, value, scale):
+        count("document_attention", "torch: native")
+        return native_path.forward(query, key, value, table, scale)
     count("document_attention", "torch")
     return torch_path.forward(query, key, value, table, scale)
 

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .. import native
+from ..native.plans import pays
+
+# The compiled kernel takes calls of at least so many slots; shorter ones take less than a millisecond either way.
+NATIVE_SLOTS = 64
 # Elements of the keys `[documents, H, prefix + longest, D]`, and of the backward's scores, at a time.
 MAX_GATHERED = 1 << 17
 
@@ -25,6 +30,13 @@ class Problem(NamedTuple):
     allowed: Tensor
     real: Tensor
     start: int | None
+
+
+def takes_native(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
+    """Whether the compiled kernel takes the call: where it is built and faster, or asked for."""
+    if native.obstacle(query, key, value, scale) is not None:
+        return False
+    return native.wanted() or (query.shape[2] >= NATIVE_SLOTS and pays(query, value))
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, table: Tensor, scale: float) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._ops import add_op_namespace_prefix
 from ..counters import count
 from ..sequences import HOST_SYNC, split_sequences, take
-from . import reference, torch_path
+from . import native_path, reference, torch_path
 
 
 def run_reference(
@@ -57,7 +57,11 @@ def head_routed_attention(
 def _sequence(
     query: Tensor, key: Tensor, value: Tensor, heads: Tensor, causal: bool, scale: float, allow_dense: bool
 ) -> tuple[Tensor, Tensor]:
-    dense = allow_dense and torch_path.prefers_dense(heads, key)
+    native = torch_path.takes_native(query, key, value, scale)
+    dense = allow_dense and torch_path.prefers_dense(heads, key, native)
+    if native and not dense:
+        count("head_routed_attention", "torch: native")
+        return native_path.forward(query, key, value, heads, causal=causal, scale=scale)
     count("head_routed_attention", "torch: dense" if dense else "torch")
     return torch_path.forward(query, key, value, heads, causal=causal, scale=scale, dense=dense)
 

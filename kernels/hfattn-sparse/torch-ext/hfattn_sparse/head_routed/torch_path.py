@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .. import native
+from ..native.plans import pays
+
 # Positions of a span, and how many the tree puts together at each level. Short spans mask few pairs in vain, but leave
 # the fused kernel few rows and keys.
 SPAN, FAN = 128, 4
@@ -26,16 +29,36 @@ FEW_ROWS = 16
 # and their share of all rows. In half precision dense attention gains more from the CPU's matrix units.
 MIN_DECODE, MIN_SKIPPED = 2048, 0.15
 MIN_ROWS_SKIPPED, HALF = (900, 450, 100), 20
+# With the compiled kernel dense attention is as fast below so many scores of all heads (by bytes of a number), or
+# queries of a sequence; from there on the kernel is faster even when every head is chosen.
+NATIVE_SCORES, NATIVE_ROWS = {4: 3 << 17, 2: 9 << 17}, 128
 
 _fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _fused_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
-def prefers_dense(heads: Tensor, key: Tensor) -> bool:
-    """Whether computing all heads is at least as fast: short calls, and those that skip little."""
+def takes_native(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
+    """Whether the compiled kernel computes the gathered form: where it is built and faster, or asked for."""
+    if native.obstacle(query, key, value, scale) is not None:
+        return False
+    return native.wanted() or (query.shape[2] > FEW_ROWS and pays(query, value))
+
+
+def may_take_native(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """What `takes_native` will say for a usual scale, asked ahead."""
+    return query.shape[2] > FEW_ROWS and native.possible(query, key, value, 1.0) and pays(query, value)
+
+
+def prefers_dense(heads: Tensor, key: Tensor, with_native: bool = False) -> bool:
+    """Whether computing all heads is at least as fast: short calls, and those that skip little.
+
+    with_native: the compiled kernel would compute the chosen ones.
+    """
     batch, count, q_len = heads.shape
     if q_len <= FEW_ROWS:
         return batch * key.shape[2] < MIN_DECODE
+    if with_native:
+        return q_len < NATIVE_ROWS or heads.numel() * key.shape[2] < NATIVE_SCORES[key.element_size()]
     needed = MIN_ROWS_SKIPPED[min(count // key.shape[1], 3) - 1] * (HALF if key.element_size() == 2 else 1)
     if q_len < needed:
         return True
@@ -50,7 +73,8 @@ def forward(
 
     `dense` computes all heads.
     """
-    if dense and _can_fuse(query, value) and (not causal or query.shape[2] == key.shape[2] > 0):
+    q_len, k_len = query.shape[2], key.shape[2]
+    if dense and _can_fuse(query, value) and min(q_len, k_len) > 0 and (q_len == k_len or not causal):
         return _dense(query, key, value, heads, causal, scale)
     chosen = _Chosen(heads, key.shape[1], key.shape[2], causal)
     # One row more, for what nobody chose.
