@@ -120,6 +120,8 @@ def _native(query, key, value, plans: Plans, scale: float, key_bias) -> bool:
         return False
     if native.wanted():
         return True
+    if not native.pays(query, value):
+        return False
     thin = any(plan.tile_rows < native_path.FEWEST_ROWS for _, plan in plans)
     return not thin and sum(plan.scores for _, plan in plans) > SMALL
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .. import native
-from ..native.plans import pays
+from ..native import pays
 
 # The compiled kernel takes calls of at least so many slots; shorter ones take less than a millisecond either way.
 NATIVE_SLOTS = 64

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..native.plans import pays
+from ..native import pays
 
 # Positions of a span, and how many the tree puts together at each level. Short spans mask few pairs in vain, but leave
 # the fused kernel few rows and keys.

@@ -1,7 +1,20 @@
 """Attention on a CPU by a compiled kernel: optional, built once by `library.build`, used wherever it then can."""
 
 from .library import BuildError, available, build, built_file, has_matrix_tiles
-from .tiles import MOST_SAMPLES, Lists, Pools, Rows, Segments, attend, importance, obstacle, possible, refuse, wanted
+from .tiles import (
+    MOST_SAMPLES,
+    Lists,
+    Pools,
+    Rows,
+    Segments,
+    attend,
+    importance,
+    obstacle,
+    pays,
+    possible,
+    refuse,
+    wanted,
+)
 
 __all__ = [
     "MOST_SAMPLES",
@@ -17,6 +30,7 @@ __all__ = [
     "has_matrix_tiles",
     "importance",
     "obstacle",
+    "pays",
     "possible",
     "refuse",
     "wanted",

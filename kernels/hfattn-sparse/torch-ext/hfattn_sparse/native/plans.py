@@ -9,24 +9,12 @@ import torch
 from torch import Tensor
 
 from ..masked import masked_attention
-from .library import has_matrix_tiles
 from .tiles import Lists
 
 # Rows that the kernel takes from a tile at a time: more would read the same list again.
 TILE_ROWS = 128
 # Scores that rows done again hold at one time.
 _MOST_SCORES = 1 << 22
-
-
-def pays(query: Tensor, value: Tensor) -> bool:
-    """Whether the kernel is faster than torch's fused attention on the same pairs.
-
-    query, value: `[..., D]`, `[..., Dv]`, which the kernel takes. In bfloat16 it is so on the processor's matrix units
-    only, which want head dimensions that are multiples of 32.
-    """
-    if query.dtype == torch.float32:
-        return True
-    return has_matrix_tiles() and query.shape[-1] % 32 == value.shape[-1] % 32 == 0
 
 
 class Tiles(NamedTuple):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import library
+from .library import has_matrix_tiles, library
 
 _VARIABLE = "HF_ATTN_BACKEND"
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -96,6 +96,17 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, scale: float) -> str | N
 def possible(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
     """Whether the kernel takes these tensors, for steps beside an op's main one, which nothing forces."""
     return _obstacle(query, key, value, scale) is None
+
+
+def pays(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel is faster than torch's fused attention on the same pairs.
+
+    query, value: `[..., D]`, `[..., Dv]`, which the kernel takes. In bfloat16 it is so on the processor's matrix units
+    only, which want head dimensions that are multiples of 32.
+    """
+    if query.dtype == torch.float32:
+        return True
+    return has_matrix_tiles() and query.shape[-1] % 32 == value.shape[-1] % 32 == 0
 
 
 def refuse(reason: str) -> None:

@@ -144,7 +144,7 @@ def sampled_importance(
 def _native(query: Tensor, key: Tensor, offsets_k: Tensor, scale: float, estimator: str, reduce: str) -> bool:
     """Whether the compiled kernel weighs the samples: it knows the released rule only."""
     released = (estimator, reduce) == ("softmax", "max") and offsets_k.shape[2] <= native.MOST_SAMPLES
-    return released and native.possible(query, key, key, scale)
+    return released and native.possible(query, key, key, scale) and native.pays(query, key)
 
 
 def _sample_rows(offsets: Tensor, blocks: int, block: int, length: int) -> Tensor:

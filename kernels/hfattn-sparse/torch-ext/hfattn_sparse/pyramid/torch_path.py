@@ -81,6 +81,8 @@ def _native(query, key, value, levels: Tensor, block_q: int, block_k: int, scale
         return False
     if native.wanted():
         return True
+    if not native.pays(query, value):
+        return False
     return block_q >= native_path.FEWEST_ROWS and native_path.scores(levels, block_q, block_k) > SMALL
 
 
