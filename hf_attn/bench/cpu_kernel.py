@@ -35,8 +35,8 @@ LENGTH, HEADS, HEAD_DIM, BLOCK = 2048, 8, 64, 128
 # Of the blocks that the diagonal leaves; with it a third.
 SHARE = 0.25
 REPEATS = 7
-# Against fp64, at most this much more than what the torch path errs, which forms calls this small in fp32 throughout; the
-# kernel's exponentials for bfloat16 are right to 3e-6. What a wrong build errs is orders of magnitude more.
+# Against fp64, at most this much more than what the torch path errs, which forms calls this small in fp32 throughout;
+# the kernel's exponentials for bfloat16 are right to 3e-6. What a wrong build errs is orders of magnitude more.
 _SLACK = 4.0
 
 
