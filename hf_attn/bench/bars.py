@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from hf_attn.bench.bar_list import BARS, WHY, Bar
 from hf_attn.bench.figures import Row, collect
 from hf_attn.bench.peers import cxx_missing
+from hf_attn.bench.record import KERNEL_WORDS, Store, environment, hardware, key_of, read_rows
 from hf_attn.bench.record import Row as Record
-from hf_attn.bench.record import Store, environment, key_of, read_rows
 from hf_attn.checks import did_you_mean
 
 # A bar holds with this much to spare; runs of one bar that differ by more than `RESTLESS` decide nothing, and a run
@@ -19,6 +19,8 @@ from hf_attn.checks import did_you_mean
 SPARE, RESTLESS = 1.1, 0.15
 _TIMEOUT = 3600
 _SKIPPED = "skipped: "
+# Notes on bars as they are measured with the CPU kernel begin so.
+KERNEL_NOTE = "kernel: "
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result:
-    """A bar and the figures of its runs."""
+    """A bar and the figures of its runs, on what they were measured."""
 
     bar: Bar
     figures: tuple[Figure, ...]
+    hardware: str = ""
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -66,7 +69,9 @@ class Result:
         """For a missed bar, what limits it and what was tried."""
         if self.verdict != "missed":
             return ""
-        found = [text for name, text in WHY.items() if self.bar.name.startswith(name)]
+        # With the compiled CPU kernel other things limit a bar.
+        name = KERNEL_NOTE * (KERNEL_WORDS in self.hardware) + self.bar.name
+        found = [text for note, text in WHY.items() if name.startswith(note)]
         return found[0] if found else "no explanation is recorded"
 
 
@@ -128,7 +133,15 @@ class Work:
 
     def results(self) -> list[Result]:
         runs = range(self.runs)
-        return [Result(b, tuple(self.found[b.name, n] for n in runs if (b.name, n) in self.found)) for b in self.bars]
+        machine = hardware("cpu")
+        return [
+            Result(
+                bar,
+                tuple(self.found[bar.name, n] for n in runs if (bar.name, n) in self.found),
+                "" if bar.needs == "gpu" else machine,
+            )
+            for bar in self.bars
+        ]
 
 
 def obstacle(bar: Bar) -> str:
@@ -198,10 +211,20 @@ def chosen(only: Iterable[str]) -> list[Bar]:
 
 
 def results_of(records: Iterable[Record]) -> list[Result]:
-    """The results that rows of files of results hold, of bars that there still are; the last run of each number."""
-    found: dict[str, dict[str, Figure]] = {}
+    """The results that rows of files of results hold, of bars that there still are; the last run of each number.
+
+    A bar that was measured on several machines, or with and without the CPU kernel, has a result for each.
+    """
+    found: dict[tuple[str, str], dict[str, Figure]] = {}
     for row in records:
         if row["level"] == "bar":
             problem = "" if row["status"] == "ok" else row["status"].removeprefix("rejected: ")
-            found.setdefault(row["name"], {})[row["variant"]] = Figure(row["speedup"], problem)
-    return [Result(bar, tuple(found[bar.name].values())) for bar in BARS if bar.name in found]
+            runs = found.setdefault((row["name"], row["hardware"] or ""), {})
+            runs[row["variant"]] = Figure(row["speedup"], problem)
+    machines = dict.fromkeys(machine for _, machine in found)
+    return [
+        Result(bar, tuple(found[bar.name, machine].values()), machine)
+        for machine in machines
+        for bar in BARS
+        if (bar.name, machine) in found
+    ]

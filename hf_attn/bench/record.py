@@ -18,6 +18,7 @@ import torch
 
 import hf_attn
 from hf_attn.bench.timing import machine_load
+from hf_attn.ops.hfattn_sparse import native
 
 Row = dict[str, Any]
 # A row is found again by these; everything else is what was measured.
@@ -44,17 +45,30 @@ def version_of(package: str) -> str:
         return ""
 
 
+KERNEL_WORDS = " + CPU kernel"
+# What a commit must touch to make figures stale: the code, not its results and not the documentation.
+_MEASURED = ("hf_attn", "kernels", ":!hf_attn/bench/results", ":!hf_attn/cli")
+
+
 @cache
 def git_version() -> str:
-    """`git describe` of the source checkout this package is imported from, empty for an installed package."""
+    """The last commit of the source checkout this package is imported from that changed code which is measured.
+
+    With "-dirty" behind it when such code differs from it; empty for an installed package.
+    """
     folder = Path(hf_attn.__file__).resolve().parents[1]
     if not (folder / ".git").exists():
         return ""
-    command = ["git", "-C", os.fspath(folder), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        commit = _git(folder, "log", "-1", "--format=%h", "--", *_MEASURED)
+        return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--", *_MEASURED) else "")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", os.fspath(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
 @cache
@@ -69,8 +83,11 @@ def processor_name() -> str:
 
 
 def hardware(device: str) -> str:
-    """Name of the device that is measured."""
-    return torch.cuda.get_device_name() if device.startswith("cuda") else processor_name()
+    """Name of the device that is measured; on a CPU also whether the compiled kernel is built and not kept off."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    used = native.available() and os.environ.get("HF_ATTN_BACKEND", "").strip().lower() in ("", "auto", "native")
+    return processor_name() + (KERNEL_WORDS + " (AMX)" * native.has_matrix_tiles() if used else "")
 
 
 def environment(device: str, run: str = "") -> Row:

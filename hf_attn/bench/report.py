@@ -159,9 +159,9 @@ def bar_table(rows: Sequence[Row]) -> str:
     for result in results:
         bar, values = result.bar, " ".join(f"{value:.3g}" for value in result.values)
         asked = f"{'<=' if bar.most else '>='} {bar.bound:g}"
-        texts = (bar.name, bar.what, asked, values, result.verdict, result.why, bar.line)
+        texts = (bar.name, bar.what, asked, values, result.verdict, result.why, bar.line, result.hardware)
         cells.append("<tr>" + "".join(f"<td class=text>{html.escape(text)}</td>" for text in texts) + "</tr>")
-    names = ("bar", "against", "asked", "measured", "result", "why", "command")
+    names = ("bar", "against", "asked", "measured", "result", "why", "command", "machine")
     head = "".join(f"<th class=text>{name}</th>" for name in names)
     return f"<h2>Speed bars</h2><div class=scroll><table><tr>{head}</tr>{''.join(cells)}</table></div>"
 

@@ -26,7 +26,7 @@ def bars(
 ) -> None:
     """Measure all speed bars, one table: the bar, its figures, and whether it holds with 10 % to spare in every run.
 
-    A figure that the output file has already (same machine, versions and commit) is not measured again. Bars that need
+    A figure that the output file has already (same machine, versions and code) is not measured again. Bars that need
     a GPU or a C++ compiler are skipped where there is none.
 
     Example: `hf-attn bench bars --only psa linear`

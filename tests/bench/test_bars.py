@@ -7,12 +7,13 @@ import itertools
 import json
 import re
 import shlex
+import subprocess
 from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
-from hf_attn.bench import bars, figures
+from hf_attn.bench import bars, figures, record
 from hf_attn.bench.bar_list import BARS, WHY, Bar
 from hf_attn.bench.bars import Figure, Result, Work
 from hf_attn.bench.figures import Row
@@ -179,7 +180,8 @@ def test_verdicts():
 
 
 def test_missed_bars_are_explained():
-    assert all(any(bar.name.startswith(name) for bar in BARS) for name in WHY)
+    names = [name.removeprefix(bars.KERNEL_NOTE) for name in WHY]
+    assert all(any(bar.name.startswith(name) for bar in BARS) for name in names)
     missed = of(replace(BAR, name="moh-7", bound=1.12), 1.11)
     assert "fused kernel" in missed.why and not of(BAR, 3.0).why
     assert of(replace(BAR, name="no-such-bar"), 1.0).why == "no explanation is recorded"
@@ -245,6 +247,59 @@ def test_a_run_goes_on_where_it_was(monkeypatch, tmp_path):
     assert len(Work(bars.chosen(["linear"]), 2, Store(store.path, again=True), again=True).todo()) == 2
     kept = {r.bar.name: r.values for r in bars.results_of(read_rows([store.path]))}
     assert kept["linear-1"] == (7.0, 7.0)
+
+
+def test_results_with_and_without_the_cpu_kernel_stand_apart(tmp_path, monkeypatch):
+    store = Store(tmp_path / "bars.csv")
+    plain, kernel = record.processor_name(), record.processor_name() + record.KERNEL_WORDS
+    for machine, values in ((plain, (1.0, 1.1)), (kernel, (3.0, 3.1))):
+        monkeypatch.setattr(record, "hardware", lambda device, machine=machine: machine)
+        for number, value in enumerate(values):
+            row = bars.record_of(BARS[0], number, 2) | {"status": "ok", "speedup": value}
+            store.add(row)
+    found = bars.results_of(read_rows([store.path]))
+    assert [(r.hardware, r.values) for r in found] == [(plain, (1.0, 1.1)), (kernel, (3.0, 3.1))]
+
+
+@pytest.mark.needs_cxx
+def test_the_cpu_kernel_is_a_part_of_the_machine(native_kernel, monkeypatch):
+    assert record.KERNEL_WORDS in record.hardware("cpu")
+    monkeypatch.setenv("HF_ATTN_BACKEND", "torch")
+    assert record.hardware("cpu") == record.processor_name()
+
+
+def test_only_measured_code_makes_figures_stale(tmp_path, monkeypatch):
+    def git(*arguments):
+        person = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *person, *arguments], check=True, capture_output=True)
+
+    def version():
+        record.git_version.cache_clear()
+        return record.git_version()
+
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    monkeypatch.setattr(record.hf_attn, "__file__", str(tmp_path / "hf_attn" / "__init__.py"))
+    git("init")
+    for name in ("hf_attn/ops/a.py", "docs/a.md", "hf_attn/bench/results/a.csv", "kernels/k/a.cpp"):
+        write(name, "1")
+    git("add", "-A")
+    git("commit", "-m", "first")
+    first = version()
+    for name in ("docs/a.md", "hf_attn/bench/results/a.csv"):
+        write(name, "2")
+    assert version() == first and first
+    git("commit", "-am", "second")
+    assert version() == first
+    write("kernels/k/a.cpp", "2")
+    assert version() == first + "-dirty"
+    git("commit", "-am", "third")
+    assert version() not in (first, first + "-dirty")
+    monkeypatch.undo()
+    record.git_version.cache_clear()
 
 
 def test_what_a_machine_lacks_is_skipped_and_shown(monkeypatch):
