@@ -103,10 +103,12 @@ def test_pyramid(dtype, causal, tail, native_kernel, monkeypatch):
         got = run("native", query, key, value)
         assert path_counts()["pyramid_attention | torch: native"] == before + 1
         plain = run("reference", query, key, value)
-        for a, eager, right in zip(
-            got, plain, run("reference", *(x.double() for x in (query, key, value))), strict=True
-        ):
-            assert_as_good_as_eager(a, eager, right, slack=4, what=f"{shape} {a.dtype}")
+        # Half precision rounds pooled keys: no score moves by more than this.
+        moved = 0.0 if dtype == torch.float32 else ((query.abs() @ key.abs().repeat_interleave(
+            heads // kv_heads, 1).mT).max().item() * dim**-0.5 * 2**-9)  # fmt: skip
+        oracle = run("reference", *(x.double() for x in (query, key, value)))
+        for a, eager, right, floor in zip(got, plain, oracle, (0.0, moved), strict=True):
+            assert_as_good_as_eager(a, eager, right, slack=4, floor=floor, what=f"{shape} {a.dtype}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
