@@ -286,3 +286,61 @@ def test_a_build_without_wide_vectors(level, tmp_path, monkeypatch):
     subprocess.run([*program, str(library.SOURCE), "-o", str(library.built_file())], check=True)
     assert library.available() and not library.has_matrix_tiles()
     assert all(worst(dtype) <= 1 for dtype in DTYPES)
+
+
+NEIGHBORHOODS = {
+    # name: space, heads, kv_heads, dim, value_dim, options
+    "image, groups": ((20, 17), 4, 2, 32, 32, {"kernel_size": (7, 5)}),
+    "line, dilated, causal": ((31,), 2, 2, 64, 32, {"kernel_size": 7, "dilation": 2, "is_causal": True}),
+    "video": ((6, 9, 10), 2, 1, 32, 64, {"kernel_size": (3, 3, 5)}),
+    "strides, odd head dims": ((16, 16), 3, 3, 24, 40, {"kernel_size": 4, "stride": 4}),
+    "whole axis": ((9, 40), 2, 2, 32, 32, {"kernel_size": (9, 11)}),
+    "wider than a chunk": ((40, 40), 1, 1, 64, 64, {"kernel_size": 19}),
+    "tiny": ((3, 2), 1, 1, 32, 32, {"kernel_size": (3, 2)}),
+}
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "rpb"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", NEIGHBORHOODS.values(), ids=NEIGHBORHOODS)
+def test_neighborhoods(case, dtype, biased, native_kernel, monkeypatch):
+    space, heads, kv_heads, dim, value_dim, options = case
+    tensors = [
+        torch.randn(2, *space, n, d).to(dtype) for n, d in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+    ]
+    sizes = (
+        options["kernel_size"] if isinstance(options["kernel_size"], tuple) else (options["kernel_size"],) * len(space)
+    )
+    rpb = torch.randn(heads, *(2 * k - 1 for k in sizes)) if biased else None
+    options = {**options, "kernel_size": sizes}
+    if biased and (options.get("is_causal") or any(k % 2 == 0 for k in sizes)):
+        pytest.skip("a relative bias needs odd windows that are not causal")
+
+    def run(path, tensors, rpb):
+        monkeypatch.setenv("HF_ATTN_BACKEND", path)
+        return ops.neighborhood_attention(*tensors, rpb=rpb, return_lse=True, **options)
+
+    got = run("native", tensors, rpb)
+    assert path_counts()["neighborhood_attention | torch: native"] == 1
+    oracle = run("reference", [x.double() for x in tensors], None if rpb is None else rpb.double())
+    # In half precision the reference rounds weights, the torch path does not: statistics are judged by fp32.
+    plain = run("reference", tensors, rpb)[0], run("reference", [x.float() for x in tensors], rpb)[1]
+    for a, eager, right, slack in zip(got, plain, oracle, (2, 8), strict=True):
+        assert_as_good_as_eager(a, eager, right, slack=slack, what=f"{space} {a.dtype}")
+
+
+def test_neighborhoods_with_keys_off_the_grid_and_hidden_infinities(native_kernel, monkeypatch):
+    monkeypatch.setenv("HF_ATTN_BACKEND", "native")
+    query, key, value = (torch.randn(1, 12, 12, 2, 32) for _ in range(3))
+    more = {"additional_keys": torch.randn(1, 5, 2, 32), "additional_values": torch.randn(1, 5, 2, 32)}
+    clean = ops.neighborhood_attention(query, key, value, kernel_size=5, **more)
+    assert path_counts()["neighborhood_attention | torch: native"] == 1
+    monkeypatch.setenv("HF_ATTN_BACKEND", "torch")
+    assert torch.allclose(clean, ops.neighborhood_attention(query, key, value, kernel_size=5, **more), atol=2e-6)
+    monkeypatch.setenv("HF_ATTN_BACKEND", "native")
+    value[0, 0, 0] = float("inf")
+    out = ops.neighborhood_attention(query, key, value, kernel_size=5, **more)
+    reached = torch.zeros(12, 12, dtype=torch.bool)
+    reached[:3, :3] = True
+    assert not out[0, reached].isfinite().any()
+    assert torch.allclose(out[0, ~reached], clean[0, ~reached], atol=1e-6)

@@ -1,13 +1,15 @@
 """Attention on a CPU by a compiled kernel: optional, built once by `library.build`, used wherever it then can."""
 
-from .library import BuildError, available, build, built_file, has_matrix_tiles
+from .library import BuildError, available, build, built_file, has_matrix_tiles, strip_rows
 from .tiles import (
     MOST_SAMPLES,
     Lists,
     Pools,
     Rows,
     Segments,
+    Windows,
     attend,
+    attend_windows,
     importance,
     obstacle,
     pays,
@@ -23,7 +25,9 @@ __all__ = [
     "Pools",
     "Rows",
     "Segments",
+    "Windows",
     "attend",
+    "attend_windows",
     "available",
     "build",
     "built_file",
@@ -33,5 +37,6 @@ __all__ = [
     "pays",
     "possible",
     "refuse",
+    "strip_rows",
     "wanted",
 ]

@@ -53,6 +53,8 @@ void float_scores(const Piece& piece, const Strip& strip, int64_t dim, float* sc
   int j = 0;
   for (; j + kKeysAtOnce <= piece.count; j += kKeysAtOnce)
     scores_of<kKeysAtOnce>(k + j * stride, stride, q, dim, scores + j * kStrip);
+  for (; j + 4 <= piece.count; j += 4) scores_of<4>(k + j * stride, stride, q, dim, scores + j * kStrip);
+  for (; j + 2 <= piece.count; j += 2) scores_of<2>(k + j * stride, stride, q, dim, scores + j * kStrip);
   for (; j < piece.count; ++j) scores_of<1>(k + j * stride, stride, q, dim, scores + j * kStrip);
 }
 

@@ -31,6 +31,7 @@ _ATTEND = (
     *[_POINTER] * 5, _LONG, _INT,
 )  # fmt: skip
 
+_WINDOWS = (_INT, *[_POINTER] * 5, *[_LONG] * 2, ctypes.c_float, *[_LONG] * 5, *[_POINTER] * 10, _LONG, _INT)
 _IMPORTANCE = (_INT, *[_POINTER] * 3, _LONG, ctypes.c_float, *[_LONG] * 5, *[_POINTER] * 2, _INT)
 
 
@@ -160,8 +161,18 @@ def _load(folder: str) -> ctypes.CDLL | None:
     loaded.hfa_attend.restype = _INT
     loaded.hfa_importance.argtypes = _IMPORTANCE
     loaded.hfa_importance.restype = _INT
+    loaded.hfa_windows.argtypes = _WINDOWS
+    loaded.hfa_windows.restype = _INT
+    loaded.hfa_lanes.restype = _INT
     loaded.hfa_abilities.restype = _INT
     return loaded
+
+
+def strip_rows() -> int:
+    """Query rows that the library works on at one time; it must be built."""
+    loaded = library()
+    assert loaded is not None
+    return 2 * loaded.hfa_lanes()
 
 
 def has_matrix_tiles() -> bool:

@@ -108,7 +108,7 @@ inline void raise(const Job& job, const Vec* top, float factor, Strip& strip, Ve
     for (int n = 0; n < kVectors; ++n) *(Vec*)(strip.sums + d * kStrip + n * kLanes) *= shrink[n];
 }
 
-// Returns whether all results are finite.
+// Writes the rows whose number is not negative, and returns whether all results are finite.
 bool write(const Job& job, const int64_t* rows, const Strip& strip) {
   Vec zero = {};  // or NaN, when it has met anything that is not finite
   alignas(64) float share[32], log[32];
@@ -117,7 +117,8 @@ bool write(const Job& job, const int64_t* rows, const Strip& strip) {
     *(Vec*)(share + n * kLanes) = total == 0.f ? Vec{} : 1.f / total;
     *(Vec*)(log + n * kLanes) = total == 0.f ? splat(kNegInf) : (top + log2(total)) * kLn2;
   }
-  for (int r = 0; r < strip.rows; ++r) job.lse[rows[r]] = log[r];
+  for (int r = 0; r < strip.rows; ++r)
+    if (rows[r] >= 0) job.lse[rows[r]] = log[r];
   for (int n = 0; n < kVectors; ++n) {
     const Vec factor = *(const Vec*)(share + n * kLanes);
     int64_t d = 0;
@@ -131,6 +132,7 @@ bool write(const Job& job, const int64_t* rows, const Strip& strip) {
       transpose(block);
       for (int r = 0; r < kLanes && n * kLanes + r < strip.rows; ++r) {
         const int64_t at = rows[n * kLanes + r] * job.value_dim + d;
+        if (at < 0) continue;
         if (job.type == kFloat)
           store(static_cast<float*>(job.out) + at, (Vec)block[r]);
         else
@@ -140,8 +142,9 @@ bool write(const Job& job, const int64_t* rows, const Strip& strip) {
     for (; d < job.value_dim; ++d)
       for (int r = 0; r < kLanes && n * kLanes + r < strip.rows; ++r) {
         const float x = strip.sums[d * kStrip + n * kLanes + r] * factor[r];
-        zero += x * 0.f;
         const int64_t at = rows[n * kLanes + r] * job.value_dim + d;
+        zero += x * 0.f;
+        if (at < 0) continue;
         if (job.type == kFloat)
           static_cast<float*>(job.out)[at] = x;
         else

@@ -14,6 +14,7 @@
 #include "importance.h"
 #include "memory.h"
 #include "reader.h"
+#include "windows.h"
 
 namespace {
 
@@ -177,6 +178,29 @@ int hfa_importance(int type, const void* q, const void* k, float* result, int64_
       if (!weigh_block(job, samples, keys + head * size, head, task % q_blocks, result + head * q_blocks * k_blocks))
         outcome |= kNoMemory;
     }
+  }
+  return outcome;
+}
+
+// Neighborhoods; see windows.h. Returns as hfa_attend.
+int hfa_windows(int type, const void* q, const void* k, const void* v, void* out, float* lse, int64_t dim,
+                int64_t value_dim, float scale, int64_t heads, int64_t tiles, int64_t size, int64_t keys,
+                int64_t row_step, const int64_t* q_offset, const int64_t* k_offset, const int64_t* v_offset,
+                const int64_t* number, const int64_t* q_place, const int64_t* k_place, const int64_t* v_place,
+                const int64_t* row, const float* tables, const int64_t* table_of, int64_t out_rows, int threads) {
+  Job job{};
+  job.type = Type(type), job.amx = use_amx(job.type, dim, value_dim), job.scale = scale;
+  job.q = q, job.k = k, job.v = v, job.out = out, job.lse = lse;
+  job.dim = dim, job.value_dim = value_dim;
+  const Windows windows{q_offset, k_offset, v_offset, number, q_place, k_place, v_place,
+                        row,      tables,   table_of, heads,  tiles,   size,    keys,    row_step};
+  advise(out, size_t(out_rows * value_dim) * (job.type == kFloat ? 4 : 2));
+  std::atomic<int> outcome{kDone};
+#pragma omp parallel num_threads(threads)
+  {
+    const AmxConfig config(job.amx);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t task = 0; task < heads * tiles; ++task) outcome |= window_tile(job, windows, task / tiles, task % tiles);
   }
   return outcome;
 }

@@ -166,6 +166,45 @@ def attend(
     return not outcome & 2
 
 
+class Windows(NamedTuple):
+    """Tiles of single query rows and single keys, the same for every head.
+
+    q_offsets, k_offsets, v_offsets, numbers: int64 `[heads]`, first element in memory and first row in the results;
+    q_places `[tiles, size]`, k_places, v_places `[tiles, keys]`: int64, elements from there; rows: int64
+    `[tiles, size]`, from a head's first row in the results in steps of `step`, -1 for padding; tables: fp32
+    `[tables, strips, keys, strip_rows()]`, added to scores times log2(e), -inf hides a key; table_of: int64
+    `[heads, tiles]`, -1 for none.
+    """
+
+    q_offsets: Tensor
+    k_offsets: Tensor
+    v_offsets: Tensor
+    numbers: Tensor
+    q_places: Tensor
+    k_places: Tensor
+    v_places: Tensor
+    rows: Tensor
+    tables: Tensor
+    table_of: Tensor
+    step: int
+
+
+def attend_windows(
+    query: Tensor, key: Tensor, value: Tensor, windows: Windows, scale: float, out: Tensor, lse: Tensor
+) -> bool:
+    """As `attend`, for `Windows`: writes out and lse, and returns whether all of out is finite. Raises MemoryError."""
+    loaded = library()
+    assert loaded is not None  # `obstacle` has looked
+    outcome = loaded.hfa_windows(
+        _TYPES[query.dtype], *_pointers(query, key, value, out, lse), query.shape[-1], value.shape[-1], scale,
+        len(windows.numbers), *windows.q_places.shape, windows.k_places.shape[1], windows.step,
+        *_pointers(*windows[:10]), out.numel() // max(value.shape[-1], 1), torch.get_num_threads(),
+    )  # fmt: skip
+    if outcome & 1:
+        raise MemoryError(_NO_MEMORY)
+    return not outcome & 2
+
+
 def importance(query: Tensor, key: Tensor, q_tokens: Tensor, k_tokens: Tensor, scale: float) -> Tensor:
     """fp32 `[B, Hq, nq, nk]`: the largest softmax weight that a sampled row of a query block gives to a sampled key of
     a key block; the softmax runs over all sampled keys.

@@ -189,7 +189,7 @@ def tiling(windows: tuple[Window, ...], sizes: tuple[int, ...]) -> Tiling:
 @lru_cache(_CACHED)
 def choose_sizes(windows: tuple[Window, ...]) -> tuple[int, ...]:
     """Queries per tile along each axis that cost least by the model above."""
-    options = [[_shape(window, size) for size in _sizes(window)] for window in windows]
+    options = [candidates(window) for window in windows]
 
     def cost(shapes: tuple[tuple[int, int, int], ...]) -> float:
         sizes, halos, counts = zip(*shapes, strict=True)
@@ -198,6 +198,11 @@ def choose_sizes(windows: tuple[Window, ...]) -> tuple[int, ...]:
         return count * tile
 
     return tuple(shape[0] for shape in min(itertools.product(*options), key=cost))
+
+
+def candidates(window: Window) -> list[tuple[int, int, int]]:
+    """Queries per tile, keys per tile and tiles along an axis, for all sizes that are worth a try."""
+    return [_shape(window, size) for size in _sizes(window)]
 
 
 def _sizes(window: Window) -> list[int]:

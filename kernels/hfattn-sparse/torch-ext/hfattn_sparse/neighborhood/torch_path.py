@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..counters import count
+from . import native_path
 from .geometry import Window
 from .torch_tiles import Chunk, TiledGrid, finite, flat_rows, mix, mix_transposed
 
@@ -44,6 +46,11 @@ def forward(
     lse = query.new_empty((*query.shape[:3], 1) if want_lse else 0, dtype=_wide(query))
     if not query.numel():
         return out, lse.flatten(2) if want_lse else lse
+    if native_path.takes(query, key, value, rpb, key_mask, windows, scale):
+        found = native_path.forward(query, key, value, rpb, windows, scale)
+        if found is not None:
+            count("neighborhood_attention", "torch: native")
+            return found[0], found[1] if want_lse else lse
     tensors = [x.contiguous() for x in (query, key, value)]
     weights_of = _Weights(_grid(query, key, windows), rpb, key_mask, scale, *tensors)
     try:
