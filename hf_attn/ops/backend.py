@@ -30,7 +30,15 @@ class Rows(TypedDict, total=False):
 _VARIABLE = "HF_ATTN_BACKEND"
 # The torch path with the compiled CPU kernel inside, which is otherwise used where it is built and pays.
 _NATIVE = "native"
-NATIVE_OPS = frozenset({"block_sparse_attention", "document_attention", "head_routed_attention", "pyramid_attention"})
+NATIVE_OPS = frozenset(
+    {
+        "block_sparse_attention",
+        "document_attention",
+        "head_routed_attention",
+        "pyramid_attention",
+        "routed_block_attention",
+    }
+)
 _CHECK_VARIABLE = "HF_ATTN_CHECK"
 # Ops that have a Triton path.
 TRITON_OPS = frozenset(

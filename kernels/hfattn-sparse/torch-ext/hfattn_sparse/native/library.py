@@ -30,7 +30,9 @@ _ATTEND = (
     _INT, *[_POINTER] * 5, *[_LONG] * 5, ctypes.c_float, _LONG, *[_POINTER] * 5, _LONG, *[_POINTER] * 7, _INT,
     *[_POINTER] * 5, _LONG, _INT,
 )  # fmt: skip
-
+_ROUTED = (
+    _INT, *[_POINTER] * 5, *[_LONG] * 2, *[_POINTER] * 3, ctypes.c_float, *[_LONG] * 6, _POINTER, _LONG, _INT,
+)  # fmt: skip
 _IMPORTANCE = (_INT, *[_POINTER] * 3, _LONG, ctypes.c_float, *[_LONG] * 5, *[_POINTER] * 2, _INT)
 
 
@@ -158,6 +160,8 @@ def _load(folder: str) -> ctypes.CDLL | None:
         return None
     loaded.hfa_attend.argtypes = _ATTEND
     loaded.hfa_attend.restype = _INT
+    loaded.hfa_attend_routed.argtypes = _ROUTED
+    loaded.hfa_attend_routed.restype = _INT
     loaded.hfa_importance.argtypes = _IMPORTANCE
     loaded.hfa_importance.restype = _INT
     loaded.hfa_abilities.restype = _INT
