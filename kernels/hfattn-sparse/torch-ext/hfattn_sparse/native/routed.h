@@ -80,7 +80,7 @@ void merge(const Job& job, const int32_t* rows, const Strip& strip, Sums& sums) 
     int64_t d = 0;
     for (; d + kLanes <= job.value_dim; d += kLanes) {
       UVec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = *(const UVec*)(strip.sums + (d + i) * kStrip + first);
+      for (int i = 0; i < kLanes; ++i) block[i] = (UVec)(*(const Vec*)(strip.sums + (d + i) * kStrip + first));
       transpose(block);
       for (int r = 0; r < count; ++r) {
         float* at = sums.acc + rows[first + r] * job.value_dim + d;
