@@ -46,13 +46,13 @@ class Blocks {
 int64_t listed(const uint8_t* chosen, int64_t rows, int32_t* to) {
   int64_t count = 0, i = 0;
   const auto put = [&] { to[count] = int32_t(i), count += chosen[i], ++i; };
-  for (uint64_t eight; i + 8 <= rows;) {
+  while (i + 8 <= rows) {
+    uint64_t eight;
     std::memcpy(&eight, chosen + i, 8);
-    if (!eight) {
+    if (!eight)
       i += 8;
-      continue;
-    }
-    for (int n = 0; n < 8; ++n) put();
+    else
+      for (int n = 0; n < 8; ++n) put();
   }
   while (i < rows) put();
   return count;
@@ -161,9 +161,12 @@ class Part {
   Sums sums_;
 };
 
+// Rows of a part whose sums lie apart from the results, so that they stay in a second-level cache.
+constexpr int64_t kPartRows = 4096;
+
 // Parts of a head so that no thread is left without work for long.
-int64_t parts_of(int64_t heads, int64_t rows, int64_t threads) {
-  for (int64_t parts = 1;; ++parts) {
+int64_t parts_of(const Job& job, int64_t heads, int64_t rows, int64_t threads) {
+  for (int64_t parts = job.type == kFloat ? 1 : (rows + kPartRows - 1) / kPartRows;; ++parts) {
     const int64_t tasks = heads * parts, rounds = (tasks + threads - 1) / threads;
     if (rounds * threads * 10 <= tasks * 11 || parts >= threads || (parts + 1) * kRows > rows) return parts;
   }
@@ -174,7 +177,7 @@ int run(Job& job, const Routed& routed, int64_t heads, int64_t segments, int thr
   Memory memory(place(job, segments, segments, at.data()) + 64);
   if (!memory.get()) return kNoMemory;
   job.packed = memory.get(), job.packed_at = at.data();
-  const int64_t parts = parts_of(heads, routed.rows, threads), rows = (routed.rows + parts - 1) / parts;
+  const int64_t parts = parts_of(job, heads, routed.rows, threads), rows = (routed.rows + parts - 1) / parts;
   std::atomic<int> outcome{kDone};
 #pragma omp parallel num_threads(threads)
   {
