@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -79,14 +80,21 @@ def worst(dtype: torch.dtype) -> float:
         tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
         blocks = torch.rand(batch, heads, -(-q_len // block_q), -(-k_len // block_k), generator=generator) < 0.5
         pattern = BlockPattern.from_dense(blocks, block_q=block_q, block_k=block_k, q_len=q_len, k_len=k_len)
-
-        def run(path: str, tensors: list[Tensor], pattern=pattern, causal=causal) -> tuple[Tensor, Tensor]:
-            with backend(path), torch.no_grad():
-                return ops.block_sparse_attention(*tensors, pattern, causal=causal, return_lse=True)
-
-        oracle = run("reference", [x.double() for x in tensors])
-        shares += map(error, run("native", tensors), run("torch", tensors), oracle)
+        routes = torch.rand(batch, heads, q_len, blocks.shape[3], generator=generator) < 0.5
+        by_rows = {"routes": routes, "block_size": block_k, "causal": False}  # as every row chooses
+        for call in (
+            partial(ops.block_sparse_attention, pattern=pattern, causal=causal, return_lse=True),
+            partial(ops.routed_block_attention, **by_rows, return_lse=True),
+        ):
+            oracle = _forced("reference", call, [x.double() for x in tensors])
+            shares += map(error, _forced("native", call, tensors), _forced("torch", call, tensors), oracle)
     return torch.tensor(shares).max().item()  # which NaN gets through
+
+
+@torch.no_grad()
+def _forced(path: str, call: Callable[..., tuple[Tensor, Tensor]], tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    with backend(path):
+        return call(*tensors)
 
 
 def error(got: Tensor, plain: Tensor, oracle: Tensor) -> float:

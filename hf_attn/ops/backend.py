@@ -37,6 +37,7 @@ NATIVE_OPS = frozenset(
         "head_routed_attention",
         "neighborhood_attention",
         "pyramid_attention",
+        "routed_block_attention",
     }
 )
 _CHECK_VARIABLE = "HF_ATTN_CHECK"

@@ -135,7 +135,8 @@ def test_compiling_twice_and_anew(cache):
 @pytest.mark.parametrize("dtype", cpu_kernel.DTYPES, ids=str)
 def test_the_check_lets_right_results_through_and_no_wrong_ones(dtype, native_kernel):
     assert 0 < cpu_kernel.worst(dtype) <= 1
-    assert path_counts()["block_sparse_attention | torch: native"] == len(cpu_kernel.CHECKS)
+    for op in ("block_sparse_attention", "routed_block_attention"):
+        assert path_counts()[f"{op} | torch: native"] == len(cpu_kernel.CHECKS)
     right = torch.randn(64, dtype=torch.float64)
     plain = right.to(dtype)
     assert cpu_kernel.error(plain, plain, right) <= 0.5

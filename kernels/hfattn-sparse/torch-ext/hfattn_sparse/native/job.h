@@ -7,6 +7,7 @@
 namespace {
 
 enum Type { kFloat = 0, kBFloat16 = 1 };
+enum Outcome { kDone = 0, kNoMemory = 1, kNotFinite = 2 };
 
 struct Job {
   Type type;

@@ -32,6 +32,9 @@ _ATTEND = (
 )  # fmt: skip
 
 _WINDOWS = (_INT, *[_POINTER] * 5, *[_LONG] * 2, ctypes.c_float, *[_LONG] * 5, *[_POINTER] * 10, _LONG, _INT)
+_ROUTED = (
+    _INT, *[_POINTER] * 5, *[_LONG] * 2, *[_POINTER] * 3, ctypes.c_float, *[_LONG] * 6, _POINTER, _LONG, _INT,
+)  # fmt: skip
 _IMPORTANCE = (_INT, *[_POINTER] * 3, _LONG, ctypes.c_float, *[_LONG] * 5, *[_POINTER] * 2, _INT)
 
 
@@ -159,6 +162,8 @@ def _load(folder: str) -> ctypes.CDLL | None:
         return None
     loaded.hfa_attend.argtypes = _ATTEND
     loaded.hfa_attend.restype = _INT
+    loaded.hfa_attend_routed.argtypes = _ROUTED
+    loaded.hfa_attend_routed.restype = _INT
     loaded.hfa_importance.argtypes = _IMPORTANCE
     loaded.hfa_importance.restype = _INT
     loaded.hfa_windows.argtypes = _WINDOWS

@@ -66,7 +66,6 @@ void pooled_row(const Job& job, int64_t segment, bool mean, int64_t j, float* to
     sum_rows(static_cast<const uint16_t*>(base) + at, stride, count, last, dim, factor, to);
 }
 
-#if HFA_AMX
 void narrow(const float* from, uint16_t* to, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes)
@@ -74,6 +73,7 @@ void narrow(const float* from, uint16_t* to, int64_t count) {
   for (; i < count; ++i) to[i] = uint16_t(round_to_bf16(splat(from[i]))[0] >> 16);
 }
 
+#if HFA_AMX
 // Values of up to 32 keys as AMX wants them, [value_dim][32 keys], zeros behind the last one.
 void turn(const uint16_t* rows, int64_t stride, int64_t count, int64_t dim, uint16_t* to) {
   for (int64_t d = 0; d < dim; d += 16) {
@@ -158,6 +158,19 @@ Keys keys_of(const Job& job, int64_t segment) {
   const char* values = packed + packed_keys_bytes(job, segment);
   if (keys_in_place(job, segment)) return {k, values, job.k_stride, job.value_dim};
   return {packed, values, job.dim, job.value_dim};
+}
+
+// Places of the segments that have to be packed, -1 for the others, and bytes of them all.
+size_t place(const Job& job, int64_t segments, int64_t listed, int64_t* at) {
+  size_t size = 0;
+  std::fill(at, at + segments, -1);
+  for (int64_t i = 0; i < listed; ++i) {
+    const int64_t segment = job.list[i];
+    if (at[segment] >= 0 || in_place(job, segment)) continue;
+    at[segment] = int64_t(size);
+    size += (packed_bytes(job, segment) + 63) / 64 * 64;
+  }
+  return size;
 }
 
 }  // namespace

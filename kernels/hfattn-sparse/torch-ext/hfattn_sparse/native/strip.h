@@ -51,6 +51,24 @@ void load_queries(const Job& job, const int64_t* offsets, Strip& strip) {
   }
 }
 
+// Strips of `rows` <= kRows rows that have read nothing and see everything, in (dim + value_dim) * kRows floats; how many.
+int set_up(const Job& job, const int64_t* offsets, int rows, float* memory, Strip* strips) {
+  int count = 0;
+  for (int first = 0; first < rows; first += kStrip) {
+    Strip& strip = strips[count++];
+    strip.rows = std::min(kStrip, rows - first);
+    strip.query = memory, memory += job.dim * kStrip;
+    strip.sums = memory, memory += job.value_dim * kStrip;
+    std::memset(strip.sums, 0, job.value_dim * kStrip * 4);
+    strip.lowest = strip.highest = std::numeric_limits<int32_t>::max();
+    std::fill(strip.position, strip.position + kStrip, strip.highest);
+    std::fill(strip.top, strip.top + kStrip, kNegInf);
+    std::fill(strip.total, strip.total + kStrip, 0.f);
+    load_queries(job, offsets + first, strip);
+  }
+  return count;
+}
+
 void fill(float* scores, int first, int end) {
   for (int j = first; j < end; ++j)
     for (int n = 0; n < kVectors; ++n) *(Vec*)(scores + j * kStrip + n * kLanes) = splat(kNegInf);

@@ -14,11 +14,10 @@
 #include "importance.h"
 #include "memory.h"
 #include "reader.h"
+#include "routed.h"
 #include "windows.h"
 
 namespace {
-
-enum Outcome { kDone = 0, kNoMemory = 1, kNotFinite = 2 };
 
 // The rows of a task, one by one.
 struct Rows {
@@ -33,7 +32,7 @@ struct Rows {
       for (int64_t i = std::max<int64_t>(begin - before, 0); i < length && count < kRows; ++i, ++count) {
         offsets[count] = job.run_offset[run] + i * job.q_stride;
         numbers[count] = job.run_number[run] + i;
-        positions[count] = job.run_position ? job.run_position[run] + int32_t(i) : std::numeric_limits<int32_t>::max();
+        if (job.run_position) positions[count] = job.run_position[run] + int32_t(i);
       }
       before += length;
     }
@@ -45,23 +44,14 @@ Outcome attend(const Job& job, int64_t tile, int64_t begin) {
   const size_t own = size_t(job.dim + job.value_dim) * kRows * 4;
   char* memory = scratch.get(own + Reader::bytes(job));
   if (!memory) return kNoMemory;
-  float* next = reinterpret_cast<float*>(memory);
   const Rows rows(job, tile, begin);
   Strip strips[kRows / kStrip];
-  int count = 0;
-  for (int first = 0; first < rows.count; first += kStrip) {
-    Strip& strip = strips[count++];
-    strip.rows = std::min(kStrip, rows.count - first);
-    strip.query = next, next += job.dim * kStrip;
-    strip.sums = next, next += job.value_dim * kStrip;
-    std::memset(strip.sums, 0, job.value_dim * kStrip * 4);
-    for (int r = 0; r < kStrip; ++r) {
-      strip.position[r] = rows.positions[first + std::min(r, strip.rows - 1)];
-      strip.top[r] = kNegInf, strip.total[r] = 0.f;
-    }
+  const int count = set_up(job, rows.offsets, rows.count, reinterpret_cast<float*>(memory), strips);
+  for (int s = 0; job.run_position && s < count; ++s) {
+    Strip& strip = strips[s];
+    for (int r = 0; r < kStrip; ++r) strip.position[r] = rows.positions[s * kStrip + std::min(r, strip.rows - 1)];
     const auto [low, high] = std::minmax_element(strip.position, strip.position + kStrip);
     strip.lowest = *low, strip.highest = *high;
-    load_queries(job, rows.offsets + first, strip);
   }
   Reader reader(job, strips, count, memory + own);
   for (int64_t i = job.list_ptr[tile]; i < job.list_ptr[tile + 1]; ++i) reader.read(job.list[i]);
@@ -75,19 +65,6 @@ int64_t rows_of(const Job& job, int64_t tile) {
   int64_t rows = 0;
   for (int64_t run = job.run_ptr[tile]; run < job.run_ptr[tile + 1]; ++run) rows += job.run_length[run];
   return rows;
-}
-
-// Places of the segments that have to be packed, -1 for the others, and bytes of them all.
-size_t place(const Job& job, int64_t segments, int64_t listed, int64_t* at) {
-  size_t size = 0;
-  std::fill(at, at + segments, -1);
-  for (int64_t i = 0; i < listed; ++i) {
-    const int64_t segment = job.list[i];
-    if (at[segment] >= 0 || in_place(job, segment)) continue;
-    at[segment] = int64_t(size);
-    size += (packed_bytes(job, segment) + 63) / 64 * 64;
-  }
-  return size;
 }
 
 int run(Job& job, int64_t tiles, int64_t segments, int threads) {
@@ -149,6 +126,28 @@ int hfa_attend(int type, const void* q, const void* k, const void* v, void* out,
   job.list_ptr = list_ptr, job.list = list;
   advise(out, size_t(out_rows * value_dim) * (job.type == kFloat ? 4 : 2));
   return run(job, tiles, segments, threads);
+} catch (const std::bad_alloc&) {
+  return kNoMemory;
+}
+
+// Attention of [batch][q_heads][rows] over keys [batch][kv_heads][keys], in blocks of block_size keys: a row reads block j
+// where chosen [batch][q_heads][blocks][rows] is 1 and not 0; its heads lie head_stride apart. Elements from entry to
+// entry, from head to head and from token to token are in q_strides, k_strides, v_strides; out and lse are contiguous.
+// Returns 0, or 1 when memory ran out.
+int hfa_attend_routed(int type, const void* q, const void* k, const void* v, void* out, float* lse, int64_t dim,
+                      int64_t value_dim, const int64_t* q_strides, const int64_t* k_strides, const int64_t* v_strides,
+                      float scale, int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t rows, int64_t keys,
+                      int64_t block_size, const uint8_t* chosen, int64_t head_stride, int threads) try {
+  Job job{};
+  job.type = Type(type), job.amx = use_amx(job.type, dim, value_dim), job.scale = scale;
+  job.q = q, job.k = k, job.v = v, job.out = out, job.lse = lse, job.dim = dim, job.value_dim = value_dim;
+  job.q_stride = q_strides[2], job.k_stride = k_strides[2], job.v_stride = v_strides[2];
+  const int64_t blocks = (keys + block_size - 1) / block_size;
+  const Routed routed{chosen, head_stride, q_heads, kv_heads, rows, blocks, q_strides};
+  const Blocks segments(routed, batch, keys, block_size, k_strides, v_strides);
+  segments.describe(job);
+  advise(out, size_t(batch * q_heads * rows * value_dim) * (job.type == kFloat ? 4 : 2));
+  return run(job, routed, batch * q_heads, segments.count(), threads);
 } catch (const std::bad_alloc&) {
   return kNoMemory;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from typing import NamedTuple
@@ -203,6 +204,31 @@ def attend_windows(
     if outcome & 1:
         raise MemoryError(_NO_MEMORY)
     return not outcome & 2
+
+
+def attend_routed(
+    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, block_size: int, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Write out `[B, Hq, Nq, Dv]` (the query's dtype) and lse `[B, Hq, Nq]` (fp32, natural logarithm), both contiguous.
+
+    query: `[B, Hq, Nq, D]`; key, value: `[B, Hkv, Nk, D]`, `[B, Hkv, Nk, Dv]`, for which `obstacle` is None.
+    chosen: bool `[B, Hq, ceil(Nk / block_size), Nq]`, whether a row reads a block; the last two dimensions contiguous.
+    A row touches no other keys, so those may hold anything. One without blocks gives 0 and -inf. The result is the same
+    on any number of threads.
+
+    Raises MemoryError.
+    """
+    loaded = library()
+    assert loaded is not None  # `obstacle` has looked
+    chosen = chosen.flatten(0, 1)
+    strides = [(ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (query, key, value)]
+    failed = loaded.hfa_attend_routed(
+        _TYPES[query.dtype], *_pointers(query, key, value, out, lse), query.shape[-1], value.shape[-1], *strides, scale,
+        *query.shape[:2], key.shape[1], query.shape[2], key.shape[2], block_size, chosen.data_ptr(), chosen.stride(0),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(_NO_MEMORY)
 
 
 def importance(query: Tensor, key: Tensor, q_tokens: Tensor, k_tokens: Tensor, scale: float) -> Tensor:

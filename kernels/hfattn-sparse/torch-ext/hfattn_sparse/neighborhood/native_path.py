@@ -50,23 +50,14 @@ def forward(
     """out `[B, N, Hq, Dv]`, lse `[B, N, Hq]` fp32; None where a result is not finite. Arguments as `takes`."""
     batch, tokens, heads, _ = query.shape
     out, lse = query.new_empty(batch, tokens, heads, value.shape[3]), torch.empty(batch, tokens, heads)
-    tiles = _tiles(windows, query)
-    extra, strip = key.shape[1] - tokens, native.strip_rows()
-    strides = query.stride(1), key.stride(1), value.stride(1)
-    entry, head = torch.arange(batch)[:, None], torch.arange(heads)
-    own = head // (heads // key.shape[2])
-    offsets = [
-        (entry * x.stride(0) + which * x.stride(2)).flatten() for x, which in ((query, head), (key, own), (value, own))
-    ]
-    numbers = (entry * tokens * heads + head).flatten()
-    kinds = _kinds(tiles)
+    tiles, extra, strip = _tiles(windows, query), key.shape[1] - tokens, native.strip_rows()
+    memory = query.stride()[:3], key.stride()[:3], value.stride()[:3]
+    offsets, numbers, places = _layout(tiles, batch, tokens, heads, key.shape[2], extra, memory)
     if rpb is None:
-        tables = _mask_tables(tiles, extra, strip)
-        table_of = kinds.expand(batch * heads, -1).contiguous()
+        tables, table_of = _mask_tables(tiles, extra, strip), _table_of(tiles, batch, heads, False)
     else:
         tables = _strips_of(_bias_tables(tiles, rpb.detach().float(), extra), strip)
-        table_of = (head[:, None] * len(tiles.runs) + kinds).repeat(batch, 1)
-    places = _places(tiles, tokens, extra, strides)
+        table_of = _table_of(tiles, batch, heads, True)
     call = native.Windows(*offsets, numbers, *places, tables, table_of, heads)
     finite = native.attend_windows(query, key, value, call, scale, out, lse)
     return (out, lse) if finite else None
@@ -98,22 +89,34 @@ def _keys(tiles: Tiling, query: Tensor, key: Tensor) -> int:
     return tiles.halo + key.shape[1] - query.shape[1]
 
 
-def _kinds(tiles: Tiling) -> Tensor:
-    """Number of the mask of each tile, int64 `[tiles]`."""
-    return torch.cat([torch.full((end - begin,), number) for number, (begin, end, _) in enumerate(tiles.runs)])
+@lru_cache(_CACHED)
+def _table_of(tiles: Tiling, batch: int, heads: int, by_head: bool) -> Tensor:
+    """Number of each tile's table, int64 `[B * Hq, tiles]`."""
+    with torch.inference_mode(False):
+        kinds = torch.cat([torch.full((end - begin,), number) for number, (begin, end, _) in enumerate(tiles.runs)])
+        own = torch.arange(heads)[:, None] * (len(tiles.runs) if by_head else 0)
+        return (own + kinds).repeat(batch, 1)
 
 
 @lru_cache(_CACHED)
-def _places(
-    tiles: Tiling, tokens: int, extra: int, strides: tuple[int, int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q_places, k_places, v_places and rows of `native.Windows`."""
+def _layout(
+    tiles: Tiling, batch: int, tokens: int, heads: int, kv_heads: int, extra: int, memory: tuple[tuple[int, ...], ...]
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """The offsets, numbers and places of `native.Windows` for tensors with these strides of batch, tokens and heads."""
     with torch.inference_mode(False):
         everything = slice(0, tiles.count)
         queries, real = tiles.query_tokens(everything), tiles.real(everything)
         more = torch.arange(tokens, tokens + extra).expand(tiles.count, -1)
         keys = torch.cat([tiles.key_tokens(everything), more], 1)
-        return queries * strides[0], keys * strides[1], keys * strides[2], torch.where(real, queries, -1)
+        entry, head = torch.arange(batch)[:, None], torch.arange(heads)
+        own = head // (heads // kv_heads)
+        offsets = [
+            (entry * strides[0] + which * strides[2]).flatten()
+            for strides, which in zip(memory, (head, own, own), strict=True)
+        ]
+        numbers = (entry * tokens * heads + head).flatten()
+        places = [places * strides[1] for strides, places in zip(memory, (queries, keys, keys), strict=True)]
+        return offsets, numbers, [*places, torch.where(real, queries, -1)]
 
 
 @lru_cache(_CACHED)

@@ -1,8 +1,9 @@
-"""Fast path of routed block attention in plain torch: forward and backward, any device, no compiler.
+"""Fast path of routed block attention in plain torch: forward and backward, any device, no compiler needed.
 
-Every query row names the key blocks it reads. Four forms compute the same: "gathered" touches only chosen blocks;
-"flash tiles" does so by torch's fused kernel, where that can run (not causal, CPU); "masked tiles" computes all visible
-scores under a mask, which is faster when most of them are chosen; "dense" is that without the mask, when all are.
+Every query row names the key blocks it reads. Five forms compute the same: "gathered" touches only chosen blocks;
+"flash tiles" does so by torch's fused kernel, where that can run (not causal, CPU), and "native" by the compiled one,
+where that is built and pays (forward only); "masked tiles" computes all visible scores under a mask, which is faster
+when most of them are chosen; "dense" is that without the mask, when all are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from ..counters import count
-from . import dense, few_rows, flash_tiles, tiles
+from . import dense, few_rows, flash_tiles, native_path, tiles
 from .gathered import GatheredGroup
 from .layout import Geometry, clean_routes, complete_rows, density
 from .workspace import Workspace
@@ -94,25 +95,23 @@ def forward(
     if not out.numel() or not shape.k_len:
         return out.zero_(), lse.fill_(-torch.inf)
     work = Workspace(query.device)
+    by_native = native_path.takes(query, key, value, shape, scale)
     by_flash = flash_tiles.can_run(query, key, value, shape)
     if routes.dtype == torch.bool:
-        if by_flash and not (allow_dense and bool(routes.all())):
-            count("routed_block_attention", "torch: flash tiles")
-            flash_tiles.forward(query, key, value, routes, shape, scale, out, lse, work)
+        if (by_native or by_flash) and not (allow_dense and bool(routes.all())):
+            _tiles_forward(by_native, query, key, value, routes, shape, scale, out, lse, work)
             return out, lse
         routes = flash_tiles.routes_of(routes)
     routes = clean_routes(routes)
-    if few_rows.applies(routes, shape):
+    if not by_native and few_rows.applies(routes, shape):
         count("routed_block_attention", "torch: few rows")
         few_rows.forward(query, key, value, routes, shape, scale, out, lse, work)
         return out, lse
     form, skip = _form(routes, shape, allow_dense)
-    if by_flash and form != "dense":
-        form = "flash tiles"
-    count("routed_block_attention", f"torch: {form}")
-    if form == "flash tiles":
-        flash_tiles.forward(query, key, value, routes, shape, scale, out, lse, work)
+    if (by_native or by_flash) and form != "dense":
+        _tiles_forward(by_native, query, key, value, routes, shape, scale, out, lse, work)
         return out, lse
+    count("routed_block_attention", f"torch: {form}")
     if form == "dense":
         _plain_forward(query, key, value, shape, scale, out, lse, work)
         return out, lse
@@ -126,6 +125,17 @@ def forward(
         tensors = (tensor[:, :, :skip] for tensor in (query, key, value))
         _plain_forward(*tensors, part, scale, out[:, :, :skip], lse[:, :, :skip], work)
     return out, lse
+
+
+def _tiles_forward(
+    by_native: bool, query, key, value, routes, shape: Geometry, scale: float, out, lse, work: Workspace
+) -> None:
+    """Fill out and lse of a call that is not causal; routes int or bool."""
+    count("routed_block_attention", f"torch: {'native' if by_native else 'flash tiles'}")
+    if by_native:
+        native_path.forward(query, key, value, routes, shape, scale, out, lse)
+    else:
+        flash_tiles.forward(query, key, value, routes, shape, scale, out, lse, work)
 
 
 def _gathered_forward(query, key, value, routes, shape: Geometry, scale: float, out, lse, work: Workspace) -> None:
