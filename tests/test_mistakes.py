@@ -119,8 +119,8 @@ def native_without_a_build(_):
 
 
 def native_for_an_op_without_it(_):
-    x = torch.randn(1, 4, 4, 1, 8)
-    ops.neighborhood_attention(x, x, x, kernel_size=3)
+    x = torch.randn(1, 1, 4, 8)
+    ops.linear_attention(x, x, x, torch.zeros(1))
 
 
 def window_larger_than_the_map(_):
@@ -167,7 +167,7 @@ MISTAKES = {
     triton_without_a_gpu: (RuntimeError, "HF_ATTN_BACKEND=triton cannot run linear_attention: .*need a GPU.*Unset"),
     unknown_backend: (ValueError, "HF_ATTN_BACKEND='cuda' is unknown; allowed: auto, reference, torch, native, triton"),
     native_without_a_build: (RuntimeError, "HF_ATTN_BACKEND=native .*not built .hf-attn build-cpu.*'torch' or unset"),
-    native_for_an_op_without_it: (RuntimeError, "native cannot run neighborhood_attention: only block_sparse.*Unset"),
+    native_for_an_op_without_it: (RuntimeError, "native cannot run linear_attention: only block_sparse.*Unset"),
     window_larger_than_the_map: (ValueError, "kernel_size"),
     assisted_decoding_with_a_state: (ValueError, "stateful|assisted|assistant"),
     states_that_are_not_exact: (ValueError, "must be float32 or float64, got torch.bfloat16"),
