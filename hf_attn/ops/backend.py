@@ -40,6 +40,8 @@ NATIVE_OPS = frozenset(
         "routed_block_attention",
     }
 )
+# What attention ops are given by these runs beside them in torch, so that whole mechanisms can be forced.
+_CHOOSING_OPS = frozenset({"block_scores", "select_blocks", "select_pooled_routes", "select_routes"})
 _CHECK_VARIABLE = "HF_ATTN_CHECK"
 # Ops that have a Triton path.
 TRITON_OPS = frozenset(
@@ -98,7 +100,7 @@ def choose_path(op: str, query: Tensor, *head_dims: int) -> Path:
     one warning for each reason.
     """
     forced = forced_backend()
-    if forced == "torch" and op not in NATIVE_OPS and os.environ[_VARIABLE].strip().lower() == _NATIVE:
+    if forced == "torch" and op not in NATIVE_OPS | _CHOOSING_OPS and os.environ[_VARIABLE].strip().lower() == _NATIVE:
         raise RuntimeError(
             f"{_VARIABLE}=native cannot run {op}: only {', '.join(sorted(NATIVE_OPS))} have a compiled CPU kernel. "
             f"Unset {_VARIABLE}, or set it to 'torch' or 'reference'."

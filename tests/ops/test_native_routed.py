@@ -248,3 +248,12 @@ def test_where_the_kernel_is_taken(native_kernel, monkeypatch):
         taken(400, torch.float32, causal=True)
     with pytest.raises(RuntimeError, match=r"cannot run this call: it takes float32 and bfloat16, got torch\.float16"):
         taken(2, torch.float16)
+
+
+def test_a_mechanism_that_chooses_can_be_forced(native_kernel, monkeypatch):
+    """Choosing blocks has no form of its own in the kernel and runs in torch beside it."""
+    monkeypatch.setenv("HF_ATTN_BACKEND", "native")
+    query, key, value = (torch.randn(1, 2, 64, 32) for _ in range(3))
+    chosen = ops.select_pooled_routes(query, key, torch.arange(64) // 16, block_size=16, top_k=2)
+    ops.routed_block_attention(query, key, value, chosen, block_size=16, causal=False)
+    assert path_counts()["routed_block_attention | torch: native"] == 1
