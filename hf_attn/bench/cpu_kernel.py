@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -21,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_attn import ops
-from hf_attn.bench.timing import interleaved, paired_ratio
+from hf_attn.bench.timing import backend, interleaved, paired_ratio
 from hf_attn.ops.hfattn_sparse import native
 from hf_attn.pattern import BlockPattern
 
@@ -53,19 +51,6 @@ class Speed:
     milliseconds: float
     over_torch: float
     over_dense: float
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """HF_ATTN_BACKEND for a while."""
-    before = os.environ.get("HF_ATTN_BACKEND")
-    os.environ["HF_ATTN_BACKEND"] = name
-    try:
-        yield
-    finally:
-        os.environ.pop("HF_ATTN_BACKEND")
-        if before is not None:
-            os.environ["HF_ATTN_BACKEND"] = before
 
 
 def worst(dtype: torch.dtype) -> float:

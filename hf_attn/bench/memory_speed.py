@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch.nn.functional import normalize
 
 from hf_attn import ops
 from hf_attn.bench.figures import Row, show
-from hf_attn.bench.timing import interleaved, paired_ratio
+from hf_attn.bench.timing import backend, interleaved, paired_ratio
 
 FIGURES = ("speed-up", "growth")
 
@@ -29,24 +27,11 @@ def inputs(length: int, heads: int, dim: int, inner: int, depth: int) -> tuple[l
     return [*tokens, *gates], weights
 
 
-@contextmanager
-def path(name: str) -> Iterator[None]:
-    """HF_ATTN_BACKEND for a while."""
-    before = os.environ.get("HF_ATTN_BACKEND")
-    os.environ["HF_ATTN_BACKEND"] = name
-    try:
-        yield
-    finally:
-        os.environ.pop("HF_ATTN_BACKEND")
-        if before is not None:
-            os.environ["HF_ATTN_BACKEND"] = before
-
-
 def runner(name: str, tokens: list[Tensor], weights: list[Tensor], chunk: int) -> Callable[[], Tensor]:
     """A forward on one path."""
 
     def run() -> Tensor:
-        with path(name), torch.no_grad():
+        with backend(name), torch.no_grad():
             return ops.neural_memory(*tokens, weights, chunk_size=chunk)
 
     return run
@@ -77,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     leaves = [t.clone().requires_grad_() for t in (*short[0], *short[1])]
 
     def training() -> object:
-        with path("torch"):
+        with backend("torch"):
             out = ops.neural_memory(*leaves[:6], leaves[6:], chunk_size=arguments.chunk)
         return torch.autograd.grad(out.sum(), leaves)
 

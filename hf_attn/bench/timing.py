@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """HF_ATTN_BACKEND for a while."""
+    before = os.environ.get("HF_ATTN_BACKEND")
+    os.environ["HF_ATTN_BACKEND"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("HF_ATTN_BACKEND")
+        if before is not None:
+            os.environ["HF_ATTN_BACKEND"] = before
 
 
 @dataclass(frozen=True)

@@ -329,6 +329,18 @@ def test_neighborhoods(case, dtype, biased, native_kernel, monkeypatch):
         assert_as_good_as_eager(a, eager, right, slack=slack, what=f"{space} {a.dtype}")
 
 
+def test_neighborhoods_whose_lists_would_be_large_stay_in_torch(native_kernel, monkeypatch):
+    from hf_attn.ops.hfattn_sparse.neighborhood import native_path
+
+    monkeypatch.setattr(native_path, "MOST_LISTED", 1000)
+    query, key, value = (torch.randn(1, 30, 30, 2, 32) for _ in range(3))
+    ops.neighborhood_attention(query, key, value, kernel_size=7)
+    assert "neighborhood_attention | torch: native" not in path_counts()
+    monkeypatch.setenv("HF_ATTN_BACKEND", "native")
+    with pytest.raises(RuntimeError, match="lists of its tiles' keys would be too large; set HF_ATTN_BACKEND"):
+        ops.neighborhood_attention(query, key, value, kernel_size=7)
+
+
 def test_neighborhoods_with_keys_off_the_grid_and_hidden_infinities(native_kernel, monkeypatch):
     monkeypatch.setenv("HF_ATTN_BACKEND", "native")
     query, key, value = (torch.randn(1, 12, 12, 2, 32) for _ in range(3))

@@ -1,6 +1,8 @@
 // Keys and values in the form in which products read them.
 #pragma once
 
+#include <atomic>
+
 #include "amx_products.h"
 
 namespace {
@@ -147,6 +149,13 @@ bool pack(const Job& job, int64_t segment) {
 #endif
   pack_float(job, segment, to);
   return true;
+}
+
+// All segments that have a place, shared among the threads of a parallel region, each of which calls this.
+void pack_all(const Job& job, int64_t segments, std::atomic<int>& outcome) {
+#pragma omp for schedule(dynamic, 4)
+  for (int64_t s = 0; s < segments; ++s)
+    if (job.packed_at[s] >= 0 && !pack(job, s)) outcome |= kNoMemory;
 }
 
 Keys keys_of(const Job& job, int64_t segment) {

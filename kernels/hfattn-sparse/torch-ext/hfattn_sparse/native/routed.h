@@ -182,9 +182,7 @@ int run(Job& job, const Routed& routed, int64_t heads, int64_t segments, int thr
 #pragma omp parallel num_threads(threads)
   {
     const AmxConfig config(job.amx);
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t s = 0; s < segments; ++s)
-      if (at[s] >= 0 && !pack(job, s)) outcome |= kNoMemory;
+    pack_all(job, segments, outcome);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < heads * parts; ++task) {
       const int64_t begin = std::min(task % parts * rows, routed.rows), end = std::min(begin + rows, routed.rows);

@@ -78,9 +78,7 @@ int run(Job& job, int64_t tiles, int64_t segments, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const AmxConfig config(job.amx);
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t s = 0; s < segments; ++s)
-      if (at[s] >= 0 && !pack(job, s)) outcome |= kNoMemory;
+    pack_all(job, segments, outcome);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < first[tiles]; ++task) {
       const int64_t tile = std::upper_bound(first.begin(), first.end(), task) - first.begin() - 1;

@@ -14,14 +14,15 @@ from .geometry import Window
 from .tiles import Tiling, candidates, tiling
 
 LOG2E = math.log2(math.e)
-# Nanoseconds of a score (those of its head dimension beside), of copying a number of a key or value, and of a tile, as
-# measured on a core with AVX-512 and AMX; their ratios decide the tile.
-SCORE, SCORE_OF_DIM, COPIED, TILE = 0.35, {torch.float32: 0.027, torch.bfloat16: 0.006}, 0.08, 400.0
-# Bytes of all tables; more would take longer to make than they save.
-MOST_TABLES = 1 << 26
-# Calls of fewer scores are as fast in torch.
+# Estimated nanoseconds of a score (those of its head dimension beside), of reading a number of a key or value, and of a
+# tile; their ratios decide the tile.
+SCORE, SCORE_OF_DIM, READ, TILE = 0.35, {torch.float32: 0.027, torch.bfloat16: 0.006}, 0.08, 400.0
+# Bytes of all tables, and entries of the lists of keys of all tiles: what is larger torch computes a chunk at a time.
+MOST_TABLES, MOST_LISTED = 1 << 26, 1 << 22
+# Calls of fewer scores stay in torch.
 SMALL = 1 << 17
-_CACHED = 16
+# Layouts and tables that are kept; each is bounded by the two above.
+_CACHED = 4
 
 
 def takes(
@@ -34,7 +35,8 @@ def takes(
     tables = len(tiles.runs) * (1 if rpb is None else query.shape[2]) * _strips(tiles) * native.strip_rows() * 4
     for obstacle, reason in (
         (key_mask is not None, "it takes no key_mask"),
-        (tables * _keys(tiles, query, key) > MOST_TABLES, "its tables of the relative bias would be too large"),
+        (tables * _keys(tiles, query, key) > MOST_TABLES, "its tables of masks and biases would be too large"),
+        (tiles.count * _keys(tiles, query, key) > MOST_LISTED, "the lists of its tiles' keys would be too large"),
     ):
         if obstacle:
             native.refuse(reason)
@@ -74,7 +76,7 @@ def _sizes(windows: tuple[Window, ...], dim: int, dtype: torch.dtype, strip: int
     def cost(shapes: tuple[tuple[int, int, int], ...]) -> float:
         size, halo, count = (math.prod(part) for part in zip(*shapes, strict=True))
         rows = -(-size // strip) * strip
-        of_key = rows * (SCORE + SCORE_OF_DIM[dtype] * dim) + 2 * dim * COPIED
+        of_key = rows * (SCORE + SCORE_OF_DIM[dtype] * dim) + 2 * dim * READ
         return count * (halo * of_key + TILE)
 
     options = [candidates(window) for window in windows]

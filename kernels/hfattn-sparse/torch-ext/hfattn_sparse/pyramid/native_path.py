@@ -8,7 +8,7 @@ from torch import Tensor
 from ..native import Lists, Pools, Rows, Segments, attend
 from .pooling import LEVELS, last_positions, num_blocks, pool_counts
 
-# Tiles of fewer rows leave most of the kernel's lanes empty.
+# Tiles of fewer rows leave more than half of the kernel's lanes empty.
 FEWEST_ROWS = 16
 
 
